@@ -1,0 +1,2 @@
+//! Builds the kernel half.
+fn main() {}

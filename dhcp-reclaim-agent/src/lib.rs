@@ -1,0 +1,4 @@
+//! The userspace half of dhcp-reclaim. ARCHITECTURE.md draws the road that a packet takes through
+//! these rooms; `agent` is the loop that joins them.
+
+pub mod core;

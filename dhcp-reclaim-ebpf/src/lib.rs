@@ -1,0 +1,6 @@
+//! What the two halves of dhcp-reclaim share: the layout of what crosses the kernel boundary, and
+//! the classifier, which is the same function in the kernel, in tests, in fuzzers and in benches.
+#![no_std]
+
+pub mod abi;
+pub mod wire;

@@ -1,0 +1,1 @@
+//! `classify()`: from a frame to a [`Record`](crate::abi::Record).

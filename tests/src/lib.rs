@@ -1,0 +1,1 @@
+//! The lab: namespaces, bridges, servers and clients that tests and `cargo xtask run` share.
