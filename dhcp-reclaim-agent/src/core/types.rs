@@ -63,7 +63,9 @@ impl fmt::Debug for MacAddr {
 
 /// Not six hexadecimal bytes with colons between them.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not an Ethernet address: expected six hexadecimal bytes, as in 02:00:00:00:00:01")]
+#[error(
+    "`{0}` is not an Ethernet address: expected six hexadecimal bytes, as in 02:00:00:00:00:01"
+)]
 pub struct ParseMacError(String);
 
 impl FromStr for MacAddr {
@@ -74,7 +76,10 @@ impl FromStr for MacAddr {
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or_else(bad)?;
+            let part = parts
+                .next()
+                .filter(|part| part.len() == 2)
+                .ok_or_else(bad)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
         }
         if parts.next().is_some() {
@@ -97,8 +102,12 @@ impl<'de> Deserialize<'de> for MacAddr {
     }
 }
 
-/// Interface index of a port or a bridge, in the agent's network namespace.
+/// Interface index of a port, in the agent's network namespace.
 pub type IfIndex = u32;
+
+/// A bridge, or what stands in for one. The agent gives each bridge name a number of its own, so
+/// that a bridge that is deleted and made again is the same segment.
+pub type SegmentId = u32;
 
 /// VLAN identifier; zero is untagged.
 pub type Vlan = u16;
@@ -106,7 +115,7 @@ pub type Vlan = u16;
 /// What a lease belongs to: one address on one VLAN of one segment (bridge).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
-    pub segment: IfIndex,
+    pub segment: SegmentId,
     pub vlan: Vlan,
     pub ip: Ipv4Addr,
 }
@@ -138,7 +147,7 @@ pub enum PortLoss {
 pub struct Port {
     pub ifindex: IfIndex,
     pub name: String,
-    pub segment: IfIndex,
+    pub segment: SegmentId,
     pub role: Role,
 }
 
@@ -199,11 +208,15 @@ pub struct Message {
 pub struct Evidence {
     /// Latest frame of the address or its MAC by its own port, since the watch was armed.
     pub own_at: Option<Time>,
+    /// The same, but of the address only: proof that the VM uses it.
+    pub address_at: Option<Time>,
     /// The same by any other port of the segment, and which.
     pub elsewhere: Option<(Time, IfIndex)>,
     /// Some frame came in by the binding's own port at or after this time (coarse: whose is not
     /// known).
     pub port_at: Option<Time>,
+    /// Some frame came in by an uplink of the segment at or after this time.
+    pub uplink_at: Option<Time>,
     /// The watch is armed: silence means something.
     pub armed: bool,
 }
@@ -214,7 +227,7 @@ pub enum ProbeVia {
     /// Out of the VM's own port: nobody else can answer.
     Port(IfIndex),
     /// Into the segment, to wherever the bridge knows the MAC: the port is gone.
-    Segment(IfIndex),
+    Segment(SegmentId),
 }
 
 /// A unicast ARP request (RFC 5227 probe: sender address 0.0.0.0).
@@ -229,7 +242,7 @@ pub struct Probe {
 /// All that a DHCPRELEASE needs (RFC 2131 table 5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Release {
-    pub segment: IfIndex,
+    pub segment: SegmentId,
     pub vlan: Vlan,
     /// The lease: `ciaddr`, and the IP source.
     pub ip: Ipv4Addr,
@@ -263,29 +276,67 @@ pub enum ReleaseOutcome {
 pub enum Event {
     /// A port is there and watched.
     PortUp(Port),
-    PortDown { port: IfIndex, loss: PortLoss },
+    PortDown {
+        port: IfIndex,
+        loss: PortLoss,
+    },
     Message(Message),
     /// Records of this port were lost: what we know of it may be old.
-    RecordsLost { port: IfIndex, total: u32 },
+    RecordsLost {
+        port: IfIndex,
+        total: u32,
+    },
     /// The answer to [`Action::Look`].
-    Evidence { key: Key, evidence: Evidence },
+    Evidence {
+        key: Key,
+        evidence: Evidence,
+    },
     /// The answer to [`Action::Probe`]: whether it left.
-    Probed { key: Key, sent: bool },
+    Probed {
+        key: Key,
+        sent: bool,
+    },
     /// The answer to [`Action::Release`].
-    Released { key: Key, outcome: ReleaseOutcome },
+    Released {
+        key: Key,
+        outcome: ReleaseOutcome,
+    },
 }
 
 /// What the core wants done. The shell answers `Look`, `Probe` and `Release` with the `Event` of
 /// the same key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Watch the address and its MAC exactly. `own_port` is `None` once the port is lost; then
-    /// every port of the segment is looked at.
-    Arm { key: Key, mac: MacAddr, own_port: Option<IfIndex> },
-    Disarm { key: Key, mac: MacAddr },
-    Look { key: Key, mac: MacAddr, own_port: Option<IfIndex> },
-    Probe { key: Key, probe: Probe },
-    Release { key: Key, release: Release },
+    /// Watch the address and its MAC exactly: at `own_port`, and at every port of the segment if
+    /// `everywhere`. `own_port` is `None` once the port is lost. Arming again changes the scope
+    /// and forgets nothing that was seen.
+    Arm {
+        key: Key,
+        mac: MacAddr,
+        own_port: Option<IfIndex>,
+        everywhere: bool,
+    },
+    Disarm {
+        key: Key,
+        mac: MacAddr,
+    },
+    Look {
+        key: Key,
+        mac: MacAddr,
+        own_port: Option<IfIndex>,
+    },
+    Probe {
+        key: Key,
+        probe: Probe,
+    },
+    /// Ask the server whether the way to it is open; any frame on the uplink answers.
+    Control {
+        probe: Probe,
+    },
+    Release {
+        key: Key,
+        release: Release,
+    },
     /// Tell people and programs.
     Notify(Notice),
 }
