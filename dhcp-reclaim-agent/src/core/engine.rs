@@ -36,7 +36,6 @@ struct PortInfo {
     port: Port,
     bindings: BTreeSet<Key>,
     transactions: BTreeSet<(u32, MacAddr)>,
-    lost: u32,
     rogue_told: Option<Time>,
 }
 
@@ -141,7 +140,7 @@ impl Engine {
             Event::PortUp(port) => self.port_up(port, now),
             Event::PortDown { port, loss } => self.port_down(port, loss, now),
             Event::Message(message) => self.message(&message, now),
-            Event::RecordsLost { port, total } => self.records_lost(port, total, now),
+            Event::RecordsLost { port, count } => self.records_lost(port, count, now),
             Event::Evidence { key, evidence } => self.evidence(key, evidence, now),
             Event::Probed { key, sent } => self.probed(key, sent, now),
             Event::Released { key, outcome } => self.released(key, outcome, now),
@@ -293,15 +292,10 @@ impl Engine {
         }
     }
 
-    fn records_lost(&mut self, port: IfIndex, total: u32, now: Time) {
-        let Some(info) = self.ports.get_mut(&port) else {
+    fn records_lost(&mut self, port: IfIndex, lost: u32, now: Time) {
+        let Some(info) = self.ports.get(&port) else {
             return;
         };
-        let lost = total.wrapping_sub(info.lost);
-        info.lost = total;
-        if lost == 0 {
-            return;
-        }
         let name = info.port.name.clone();
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
         self.add("records_lost", u64::from(lost));
@@ -1306,6 +1300,15 @@ impl Engine {
         port: IfIndex,
         now: Time,
     ) {
+        if self
+            .bindings
+            .get(&key)
+            .is_some_and(|binding| binding.port == port)
+        {
+            // The port had lost its carrier and no more than that.
+            self.alive(key, at, "a frame of it came by its own port", now);
+            return;
+        }
         let name = self.port_name(port);
         let vm_port = self
             .ports
@@ -1677,7 +1680,6 @@ impl PortInfo {
             port,
             bindings: BTreeSet::new(),
             transactions: BTreeSet::new(),
-            lost: 0,
             rogue_told: None,
         }
     }

@@ -566,7 +566,7 @@ fn lost_records_hold_until_it_is_seen_again() {
     let mut bench = settled();
     bench.tell(Event::RecordsLost {
         port: VM_PORT,
-        total: 3,
+        count: 3,
     });
     assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
     bench.vm_talks = true;

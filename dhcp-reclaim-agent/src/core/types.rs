@@ -284,7 +284,7 @@ pub enum Event {
     /// Records of this port were lost: what we know of it may be old.
     RecordsLost {
         port: IfIndex,
-        total: u32,
+        count: u32,
     },
     /// The answer to [`Action::Look`].
     Evidence {
