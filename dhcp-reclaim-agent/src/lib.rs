@@ -2,3 +2,5 @@
 //! these rooms; `agent` is the loop that joins them.
 
 pub mod core;
+pub mod emit;
+pub mod kernel;
