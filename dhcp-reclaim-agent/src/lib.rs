@@ -3,5 +3,6 @@
 
 pub mod clock;
 pub mod core;
+pub mod config;
 pub mod packet;
 pub mod ports;
