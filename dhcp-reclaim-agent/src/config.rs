@@ -161,7 +161,8 @@ pub struct Options {
     #[arg(long, value_name = "PATH", env = "DHCP_RECLAIM_CONTROL")]
     pub control: Option<PathBuf>,
     /// Do everything except send a RELEASE, and say what would have been sent
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(value_name = "BOOL", hide_possible_values = true)]
     pub dry_run: Option<bool>,
 
     /// Probe an address that has sent nothing for this long [default: 30s]

@@ -2,6 +2,7 @@
 //! these rooms; `agent` is the loop that joins them.
 
 pub mod clock;
+pub mod control;
 pub mod core;
 pub mod config;
 pub mod packet;
