@@ -15,7 +15,10 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, de};
 
 pub use self::span::{ParseSpanError, Span};
-use crate::ports::{Glob, PortRules};
+use crate::{
+    core::{self, Policy},
+    ports::{Glob, PortRules},
+};
 
 pub const DEFAULT_CONTROL: &str = "/run/dhcp-reclaim/control.sock";
 const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
@@ -161,7 +164,8 @@ pub struct Options {
     #[arg(long, value_name = "PATH", env = "DHCP_RECLAIM_CONTROL")]
     pub control: Option<PathBuf>,
     /// Do everything except send a RELEASE, and say what would have been sent
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(value_name = "BOOL", hide_possible_values = true)]
     pub dry_run: Option<bool>,
 
     /// Probe an address that has sent nothing for this long [default: 30s]
@@ -305,6 +309,38 @@ impl Settings {
             bridges: self.bridges.clone(),
             ports: self.ports.clone(),
             uplinks: self.uplinks.clone(),
+        }
+    }
+
+    /// What the core is told of it.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            commit: match self.commit {
+                Commit::Ack => core::Commit::Ack,
+                Commit::Request => core::Commit::Request,
+            },
+            silence: self.silence,
+            probe_interval: self.probe_interval,
+            misses: self.misses,
+            hold_down: self.hold_down,
+            hold_down_uplink: self.hold_down_uplink,
+            hold_down_silent: self.hold_down_silent,
+            release_while_port_up: match self.port_up {
+                PortUp::Release => true,
+                PortUp::Never => false,
+            },
+            settle: self.settle,
+            min_remaining: self.min_remaining,
+            breaker: match self.breaker {
+                Breaker::Off => None,
+                Breaker::Fraction(share) => Some(share),
+            },
+            breaker_min: usize::try_from(self.breaker_min).unwrap_or(usize::MAX),
+            breaker_window: self.breaker_window,
+            rate: self.rate,
+            burst: self.burst,
+            bindings_per_port: usize::try_from(self.bindings_per_port).unwrap_or(usize::MAX),
+            ..Policy::default()
         }
     }
 

@@ -1,6 +1,8 @@
 //! The binary: see `cli`.
 use std::process::ExitCode;
 
+use dhcp_reclaim_agent::{agent, cli};
+
 fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    cli::main(agent::run)
 }

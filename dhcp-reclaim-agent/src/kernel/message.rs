@@ -49,9 +49,15 @@ pub fn message(record: &Record) -> Result<Message, Malformed> {
         8 => MessageType::Inform,
         other => return Err(Malformed::Type(other)),
     };
-    let from_server = matches!(kind, MessageType::Offer | MessageType::Ack | MessageType::Nak);
+    let from_server = matches!(
+        kind,
+        MessageType::Offer | MessageType::Ack | MessageType::Nak
+    );
     if (record.op == 2) != from_server {
-        return Err(Malformed::Op { op: record.op, kind: record.message_type });
+        return Err(Malformed::Op {
+            op: record.op,
+            kind: record.message_type,
+        });
     }
     let has = |bit: u16| record.present & bit != 0;
     let seconds = |bit, bytes| has(bit).then_some(u32::from_be_bytes(bytes));
@@ -78,7 +84,9 @@ pub fn message(record: &Record) -> Result<Message, Malformed> {
         lease_secs: seconds(PRESENT_LEASE_TIME, record.lease_time),
         renewal_secs: seconds(PRESENT_RENEWAL_TIME, record.renewal_time),
         rebinding_secs: seconds(PRESENT_REBINDING_TIME, record.rebinding_time),
-        client_id: client_id.filter(|_| has(PRESENT_CLIENT_ID)).map(<[u8]>::to_vec),
+        client_id: client_id
+            .filter(|_| has(PRESENT_CLIENT_ID))
+            .map(<[u8]>::to_vec),
         rapid_commit: has(PRESENT_RAPID_COMMIT),
     })
 }
@@ -96,7 +104,13 @@ pub fn watch_mac(segment: IfIndex, vlan: Vlan, mac: MacAddr) -> WatchKey {
 fn watch_key(segment: IfIndex, vlan: Vlan, kind: u8, bytes: &[u8]) -> WatchKey {
     let mut address = [0; 8];
     address[..bytes.len()].copy_from_slice(bytes);
-    WatchKey { segment, vlan: vlan.to_be_bytes(), kind, reserved: 0, address }
+    WatchKey {
+        segment,
+        vlan: vlan.to_be_bytes(),
+        kind,
+        reserved: 0,
+        address,
+    }
 }
 
 fn address(bytes: [u8; 4]) -> Option<Ipv4Addr> {

@@ -1,9 +1,12 @@
 //! The loop: it owns the core, tells it what happened, and carries out what it wants.
 
+mod armed;
+mod epochs;
+mod segments;
+mod view;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    net::Ipv4Addr,
-    time::Duration,
+    collections::BTreeMap, net::Ipv4Addr, sync::Arc, sync::atomic::Ordering, time::Duration,
 };
 
 use anyhow::Context as _;
@@ -11,30 +14,35 @@ use dhcp_reclaim_ebpf::abi::{
     EMIT_EGRESS, EMIT_INGRESS, EmitOrder, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_VETOED,
 };
 use tokio::{
+    io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
+    sync::mpsc,
     time::{MissedTickBehavior, interval, sleep},
 };
 use tracing::{debug, error, info, trace, warn};
 
+use self::{
+    armed::{Armed, Scope},
+    epochs::Epochs,
+    segments::Segments,
+    view::Clocks,
+};
 use crate::{
     clock,
-    config::Settings,
-    control::{ControlRequest, ControlServer, EventLog},
+    config::{self, Settings},
+    control::{ControlRequest, ControlServer, ControlStats, EventLog, REQUEST_QUEUE, StatsView},
     core::{
         Action, Engine, Event, Evidence, IfIndex, Key, MacAddr, Notice, NoticeKind, Port, PortLoss,
-        Probe, ProbeVia, Release, ReleaseOutcome, Role, SegmentId, Time,
+        Probe, ProbeVia, Release, ReleaseOutcome, Role, Time,
     },
     emit::{PacketSocket, PrivateLink},
     kernel::{self, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
     packet::{arp, release::release_frame},
     ports::{PortEvent, PortWatcher, local_addresses},
-    view,
 };
 
 /// The coarse tier's clock: how finely "heard lately" is known.
 const EPOCH: Duration = Duration::from_secs(1);
-/// Epochs whose beginning is remembered: what was heard before counts as not heard.
-const EPOCHS: usize = 4096;
 /// Option 56 of every RELEASE: who sent it, for the server's log.
 const MESSAGE: &str = concat!("dhcp-reclaim ", env!("CARGO_PKG_VERSION"));
 
@@ -52,7 +60,8 @@ struct Agent {
     engine: Engine,
     kernel: Kernel,
     ring: RecordRing,
-    control: ControlServer,
+    requests: mpsc::Receiver<ControlRequest>,
+    control: Arc<ControlStats>,
     ports: PortWatcher,
     link: PrivateLink,
     socket: PacketSocket,
@@ -65,7 +74,7 @@ struct Agent {
     /// Somebody waits to hear the uplink: a new epoch tells old frames from new ones.
     epoch_wanted: bool,
     counters: Counters,
-    xids: Xids,
+    started_at: jiff::Timestamp,
 }
 
 #[derive(Debug)]
@@ -87,11 +96,15 @@ struct Counters {
 impl Agent {
     async fn start(settings: Settings) -> anyhow::Result<Self> {
         // First, since it is what tells two agents apart.
-        let control = ControlServer::bind(&settings.control)?;
+        let server = ControlServer::bind(&settings.control)?;
+        let kernel_debug = tracing::enabled!(tracing::Level::DEBUG);
         let mut kernel = Kernel::load(&LoadOptions {
             bpffs: settings.bpffs.clone(),
-            hook: settings.hook.into(),
-            debug: tracing::enabled!(tracing::Level::TRACE),
+            hook: match settings.hook {
+                config::Hook::Tc => kernel::Hook::Tc,
+                config::Hook::Xdp => kernel::Hook::Xdp,
+            },
+            debug: kernel_debug,
             ..LoadOptions::default()
         })?;
         kernel.clear_orders()?;
@@ -99,6 +112,9 @@ impl Agent {
             kernel.disarm(&key)?;
         }
         let ring = kernel.ring()?;
+        if kernel_debug {
+            follow_kernel_log(&mut kernel)?;
+        }
         let (connection, handle, _) =
             rtnetlink::new_connection().context("cannot open a netlink socket")?;
         tokio::spawn(connection);
@@ -106,12 +122,17 @@ impl Agent {
         kernel.attach_emit(link.ifindex())?;
         let socket = PacketSocket::open()?;
         let (present, ports) = PortWatcher::start(settings.port_rules()).await?;
+        let (sender, requests) = mpsc::channel(REQUEST_QUEUE);
+        let control = server.stats();
+        tokio::spawn(server.run(sender));
         let now = clock::monotonic();
         let mut agent = Self {
             engine: Engine::new(settings.policy(), now),
             kernel,
             ring,
+            requests,
             control,
+            started_at: clock::wall(),
             ports,
             link,
             socket,
@@ -122,7 +143,6 @@ impl Agent {
             epochs: Epochs::default(),
             epoch_wanted: false,
             counters: Counters::default(),
-            xids: Xids::default(),
             settings,
         };
         agent.next_epoch();
@@ -131,7 +151,10 @@ impl Agent {
         }
         let stale = agent.kernel.forget_unwatched()?;
         if !stale.is_empty() {
-            info!(ports = stale.len(), "let go of ports that an earlier agent watched");
+            info!(
+                ports = stale.len(),
+                "let go of ports that an earlier agent watched"
+            );
         }
         Ok(agent)
     }
@@ -174,7 +197,7 @@ impl Agent {
                     self.engine.handle_timeout(clock::monotonic());
                     self.carry_out().await;
                 }
-                request = self.control.next() => self.answer(request),
+                Some(request) = self.requests.recv() => self.answer(request),
                 _ = tick.tick() => self.tick().await,
             }
         }
@@ -245,7 +268,10 @@ impl Agent {
             PortEvent::PortUp(port) => self.port_up(port).await,
             PortEvent::PortDown { ifindex, loss } => self.port_down(ifindex, loss).await,
             PortEvent::Resynced => {
-                warn!(resyncs = self.ports.resyncs(), "link messages were lost; all links read anew");
+                warn!(
+                    resyncs = self.ports.resyncs(),
+                    "link messages were lost; all links read anew"
+                );
             }
         }
     }
@@ -270,7 +296,13 @@ impl Agent {
         }
         let ifindex = port.ifindex;
         let lost = self.kernel.port_lost(ifindex).unwrap_or(0);
-        self.watched.insert(ifindex, Watched { port: port.clone(), lost });
+        self.watched.insert(
+            ifindex,
+            Watched {
+                port: port.clone(),
+                lost,
+            },
+        );
         self.apply_exact(ifindex);
         self.tell(Event::PortUp(port)).await;
     }
@@ -286,19 +318,31 @@ impl Agent {
                 self.watched.remove(&ifindex);
             }
         }
-        self.tell(Event::PortDown { port: ifindex, loss }).await;
+        self.tell(Event::PortDown {
+            port: ifindex,
+            loss,
+        })
+        .await;
     }
 
     async fn check_lost(&mut self, ifindex: IfIndex) {
         let Some(watched) = self.watched.get_mut(&ifindex) else {
             return;
         };
-        let Some(total) = self.kernel.port_lost(ifindex).filter(|total| *total != watched.lost) else {
+        let Some(total) = self
+            .kernel
+            .port_lost(ifindex)
+            .filter(|total| *total != watched.lost)
+        else {
             return;
         };
         let lost = total.wrapping_sub(watched.lost);
         watched.lost = total;
-        Box::pin(self.tell(Event::RecordsLost { port: ifindex, count: lost })).await;
+        Box::pin(self.tell(Event::RecordsLost {
+            port: ifindex,
+            count: lost,
+        }))
+        .await;
     }
 
     // ---- what is to be done ------------------------------------------------------------------
@@ -306,7 +350,12 @@ impl Agent {
     async fn carry_out(&mut self) {
         while let Some(action) = self.engine.poll_action() {
             let answer = match action {
-                Action::Arm { key, mac, own_port, everywhere } => {
+                Action::Arm {
+                    key,
+                    mac,
+                    own_port,
+                    everywhere,
+                } => {
                     self.arm(key, mac, own_port, everywhere);
                     continue;
                 }
@@ -318,7 +367,10 @@ impl Agent {
                     if let Some(port) = own_port {
                         self.check_lost(port).await;
                     }
-                    Event::Evidence { key, evidence: self.look(key, mac, own_port) }
+                    Event::Evidence {
+                        key,
+                        evidence: self.look(key, mac, own_port),
+                    }
                 }
                 Action::Probe { key, probe } => {
                     let sent = self.probe(&probe);
@@ -343,7 +395,10 @@ impl Agent {
     }
 
     fn arm(&mut self, key: Key, mac: MacAddr, own_port: Option<IfIndex>, everywhere: bool) {
-        for watch in [watch_ip(key.segment, key.vlan, key.ip), watch_mac(key.segment, key.vlan, mac)] {
+        for watch in [
+            watch_ip(key.segment, key.vlan, key.ip),
+            watch_mac(key.segment, key.vlan, mac),
+        ] {
             if let Err(error) = self.kernel.arm(&watch) {
                 // A look finds it unarmed, and so nothing is concluded from its silence.
                 self.counters.arm_failures += 1;
@@ -372,7 +427,9 @@ impl Agent {
             self.apply_exact(port);
         }
         if let Some(segment) = scope.segment {
-            let ports: Vec<IfIndex> = self.watched.values()
+            let ports: Vec<IfIndex> = self
+                .watched
+                .values()
                 .filter(|watched| watched.port.segment == segment)
                 .map(|watched| watched.port.ifindex)
                 .collect();
@@ -384,26 +441,47 @@ impl Agent {
 
     fn apply_exact(&mut self, port: IfIndex) {
         if let Some(watched) = self.watched.get(&port) {
-            self.kernel.set_exact(port, self.armed.wants(port, watched.port.segment));
+            self.kernel
+                .set_exact(port, self.armed.wants(port, watched.port.segment));
         }
     }
 
     fn look(&self, key: Key, mac: MacAddr, own_port: Option<IfIndex>) -> Evidence {
-        let ip = self.kernel.watched(&watch_ip(key.segment, key.vlan, key.ip)).ok().flatten();
-        let mac = self.kernel.watched(&watch_mac(key.segment, key.vlan, mac)).ok().flatten();
+        let ip = self
+            .kernel
+            .watched(&watch_ip(key.segment, key.vlan, key.ip))
+            .ok()
+            .flatten();
+        let mac = self
+            .kernel
+            .watched(&watch_mac(key.segment, key.vlan, mac))
+            .ok()
+            .flatten();
         let own = own_port.unwrap_or(0);
         let values = [ip, mac];
-        let by_own = values.iter().flatten().filter_map(|value| value.seen_at(own)).max();
-        let elsewhere = values.iter().flatten().filter_map(|value| value.seen_elsewhere(own)).max();
+        let by_own = values
+            .iter()
+            .flatten()
+            .filter_map(|value| value.seen_at(own))
+            .max();
+        let elsewhere = values
+            .iter()
+            .flatten()
+            .filter_map(|value| value.seen_elsewhere(own))
+            .max();
         let uplinks = self.watched.values().filter(|watched| {
             watched.port.segment == key.segment && watched.port.role == Role::Uplink
         });
         Evidence {
             own_at: by_own.map(Time::from_nanos),
-            address_at: ip.and_then(|value| value.seen_at(own)).map(Time::from_nanos),
+            address_at: ip
+                .and_then(|value| value.seen_at(own))
+                .map(Time::from_nanos),
             elsewhere: elsewhere.map(|(at, port)| (Time::from_nanos(at), port)),
             port_at: own_port.and_then(|port| self.heard(port)),
-            uplink_at: uplinks.filter_map(|watched| self.heard(watched.port.ifindex)).max(),
+            uplink_at: uplinks
+                .filter_map(|watched| self.heard(watched.port.ifindex))
+                .max(),
             armed: ip.is_some() && mac.is_some(),
         }
     }
@@ -446,8 +524,14 @@ impl Agent {
                 return ReleaseOutcome::Failed;
             }
         };
-        let direction = if server_mac == bridge.mac { EMIT_INGRESS } else { EMIT_EGRESS };
-        let xid = self.xids.draw();
+        let direction = if server_mac == bridge.mac {
+            EMIT_INGRESS
+        } else {
+            EMIT_EGRESS
+        };
+        let Some(xid) = draw_xid() else {
+            return ReleaseOutcome::Failed;
+        };
         let order = EmitOrder {
             silent_since_ns: release.silent_since.as_nanos(),
             ip: watch_ip(release.segment, release.vlan, release.ip),
@@ -490,9 +574,19 @@ impl Agent {
     }
 
     fn notify(&mut self, notice: Notice) {
-        let event = view::event(&notice, clock::monotonic(), clock::wall());
-        let Notice { event: kind, ip, mac, port, reason, .. } = notice;
-        let (ip, mac) = (ip.map(tracing::field::display), mac.map(tracing::field::display));
+        let event = view::event(&notice, Clocks::now());
+        let Notice {
+            event: kind,
+            ip,
+            mac,
+            port,
+            reason,
+            ..
+        } = notice;
+        let (ip, mac) = (
+            ip.map(tracing::field::display),
+            mac.map(tracing::field::display),
+        );
         match kind {
             NoticeKind::Released => info!(ip, mac, port, reason, "released"),
             NoticeKind::WouldRelease => info!(ip, mac, port, reason, "would release"),
@@ -501,7 +595,7 @@ impl Agent {
             | NoticeKind::RecordsLost
             | NoticeKind::ReleaseFailed
             | NoticeKind::ReleasedAlive
-            | NoticeKind::Vetoed => warn!(ip, mac, port, reason, "{}", event.event),
+            | NoticeKind::Vetoed => warn!(event = ?kind, ip, mac, port, reason),
             NoticeKind::PortUp
             | NoticeKind::PortLost
             | NoticeKind::Requested
@@ -515,12 +609,119 @@ impl Agent {
             | NoticeKind::Refused
             | NoticeKind::Withdrawn
             | NoticeKind::Expired
-            | NoticeKind::Moved => debug!(ip, mac, port, reason, "{}", event.event),
+            | NoticeKind::Moved => debug!(event = ?kind, ip, mac, port, reason),
         }
         self.log.push(event);
     }
 
-    fn answer(&mut self, _request: ControlRequest) {}
+    /// A client that has gone meanwhile needs no answer.
+    fn answer(&self, request: ControlRequest) {
+        match request {
+            ControlRequest::List { reply } => {
+                let clocks = Clocks::now();
+                let views = self
+                    .engine
+                    .bindings()
+                    .map(|b| view::binding(b, &self.segments, clocks));
+                let _gone = reply.send(views.collect());
+            }
+            ControlRequest::Explain { ip, reply } => {
+                let clocks = Clocks::now();
+                let views = self.engine.bindings_of(ip).filter_map(|binding| {
+                    let findings = self.engine.explain(binding.key, clocks.monotonic)?;
+                    let binding = view::binding(binding, &self.segments, clocks);
+                    Some(view::explain(binding, &findings, self.log.history(ip)))
+                });
+                let _gone = reply.send(views.collect());
+            }
+            ControlRequest::Events { follow, reply } => {
+                let _gone = reply.send(self.log.feed(follow));
+            }
+            ControlRequest::Stats { reply } => {
+                let _gone = reply.send(self.stats());
+            }
+        }
+    }
+
+    fn stats(&self) -> StatsView {
+        let mut counters = BTreeMap::new();
+        match self.kernel.counters() {
+            Ok(kernel) => counters.extend(
+                kernel
+                    .into_iter()
+                    .map(|(name, count)| (format!("kernel.{name}"), count)),
+            ),
+            Err(error) => warn!(error = %chain(&error), "cannot read the kernel half's counters"),
+        }
+        let core = self.engine.counters().iter();
+        counters.extend(core.map(|(name, count)| (format!("core.{name}"), *count)));
+        let Counters {
+            malformed_records,
+            probes_failed,
+            controls_failed,
+            watch_failures,
+            arm_failures,
+        } = self.counters;
+        let agent = [
+            ("malformed_records", malformed_records),
+            ("probes_failed", probes_failed),
+            ("controls_failed", controls_failed),
+            ("watch_failures", watch_failures),
+            ("arm_failures", arm_failures),
+            ("link_resyncs", self.ports.resyncs()),
+            ("link_messages_malformed", self.ports.malformed()),
+            (
+                "control_refused",
+                self.control.refused.load(Ordering::Relaxed),
+            ),
+            ("control_slow", self.control.slow.load(Ordering::Relaxed)),
+            (
+                "events_lost",
+                self.control.events_lost.load(Ordering::Relaxed),
+            ),
+        ];
+        counters.extend(agent.map(|(name, count)| (format!("agent.{name}"), count)));
+        let mut bindings = BTreeMap::new();
+        for binding in self.engine.bindings() {
+            *bindings.entry(binding.state).or_default() += 1;
+        }
+        StatsView {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_at: self.started_at,
+            dry_run: self.settings.dry_run,
+            bridges: self.settings.bridges.clone(),
+            ports: self.watched.len() as u64,
+            bindings,
+            counters,
+        }
+    }
+}
+
+/// Hands the programs' `debug!` lines on to the agent's log.
+fn follow_kernel_log(kernel: &mut Kernel) -> anyhow::Result<()> {
+    let Some(logger) = kernel.logger() else {
+        return Ok(());
+    };
+    let mut logger = AsyncFd::with_interest(logger, Interest::READABLE)
+        .context("cannot follow the kernel half's log")?;
+    tokio::spawn(async move {
+        while let Ok(mut guard) = logger.readable_mut().await {
+            guard.get_inner_mut().flush();
+            guard.clear_ready();
+        }
+    });
+    Ok(())
+}
+
+/// A transaction identifier that nobody can guess (RFC 2131 section 4.1).
+fn draw_xid() -> Option<u32> {
+    match getrandom::u32() {
+        Ok(xid) => Some(xid),
+        Err(error) => {
+            error!(%error, "the kernel gives no random numbers");
+            None
+        }
+    }
 }
 
 async fn is_local(bridge: IfIndex, ip: Ipv4Addr) -> bool {
@@ -542,165 +743,4 @@ fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
-}
-
-/// Bridges by the number that the core knows them by.
-#[derive(Debug)]
-struct Segments {
-    names: Vec<String>,
-    bridges: BTreeMap<SegmentId, Bridge>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Bridge {
-    ifindex: IfIndex,
-    mac: MacAddr,
-}
-
-impl Segments {
-    fn new(names: &[String]) -> Self {
-        Self { names: names.to_vec(), bridges: BTreeMap::new() }
-    }
-
-    fn id(&self, name: &str) -> Option<SegmentId> {
-        let index = self.names.iter().position(|known| known == name)?;
-        SegmentId::try_from(index + 1).ok()
-    }
-
-    fn name(&self, id: SegmentId) -> Option<&str> {
-        let index = usize::try_from(id).ok()?.checked_sub(1)?;
-        self.names.get(index).map(String::as_str)
-    }
-
-    fn absent(&self) -> impl Iterator<Item = &str> {
-        self.names.iter().map(String::as_str).filter(|name| {
-            self.id(name).is_none_or(|id| !self.bridges.contains_key(&id))
-        })
-    }
-
-    fn up(&mut self, ifindex: IfIndex, name: &str, mac: MacAddr) {
-        if let Some(id) = self.id(name) {
-            self.bridges.insert(id, Bridge { ifindex, mac });
-        }
-    }
-
-    fn down(&mut self, ifindex: IfIndex) {
-        self.bridges.retain(|_, bridge| bridge.ifindex != ifindex);
-    }
-
-    fn set_mac(&mut self, ifindex: IfIndex, mac: MacAddr) {
-        for bridge in self.bridges.values_mut().filter(|bridge| bridge.ifindex == ifindex) {
-            bridge.mac = mac;
-        }
-    }
-
-    fn by_ifindex(&self, ifindex: IfIndex) -> Option<SegmentId> {
-        self.bridges.iter().find(|(_, bridge)| bridge.ifindex == ifindex).map(|(id, _)| *id)
-    }
-
-    fn bridge(&self, id: SegmentId) -> Option<Bridge> {
-        self.bridges.get(&id).copied()
-    }
-}
-
-/// Who needs the exact tier, and where.
-#[derive(Debug, Default)]
-struct Armed {
-    bindings: BTreeMap<Key, Scope>,
-    ports: BTreeMap<IfIndex, usize>,
-    segments: BTreeMap<SegmentId, usize>,
-    /// A MAC with several addresses is armed once.
-    macs: BTreeMap<(SegmentId, u16, MacAddr), BTreeSet<Key>>,
-}
-
-/// Ports that one watch looks at.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Scope {
-    port: Option<IfIndex>,
-    segment: Option<SegmentId>,
-}
-
-impl Armed {
-    /// Returns what may have changed.
-    fn arm(&mut self, key: Key, mac: MacAddr, own_port: Option<IfIndex>, everywhere: bool) -> Scope {
-        let scope = Scope { port: own_port, segment: everywhere.then_some(key.segment) };
-        // Counted up before the old scope is counted down: what both need stays on throughout.
-        add(&mut self.ports, scope.port);
-        add(&mut self.segments, scope.segment);
-        let old = self.bindings.insert(key, scope).unwrap_or_default();
-        subtract(&mut self.ports, old.port);
-        subtract(&mut self.segments, old.segment);
-        self.macs.entry((key.segment, key.vlan, mac)).or_default().insert(key);
-        Scope { port: scope.port.or(old.port), segment: scope.segment.or(old.segment) }
-    }
-
-    /// Returns what may have changed, and whether nobody else needs the MAC.
-    fn disarm(&mut self, key: Key, mac: MacAddr) -> (Scope, bool) {
-        let old = self.bindings.remove(&key).unwrap_or_default();
-        subtract(&mut self.ports, old.port);
-        subtract(&mut self.segments, old.segment);
-        let id = (key.segment, key.vlan, mac);
-        let free = self.macs.get_mut(&id).is_none_or(|keys| {
-            keys.remove(&key);
-            keys.is_empty()
-        });
-        if free {
-            self.macs.remove(&id);
-        }
-        (old, free)
-    }
-
-    fn wants(&self, port: IfIndex, segment: SegmentId) -> bool {
-        self.ports.contains_key(&port) || self.segments.contains_key(&segment)
-    }
-}
-
-fn add<K: Ord>(counts: &mut BTreeMap<K, usize>, key: Option<K>) {
-    if let Some(key) = key {
-        *counts.entry(key).or_default() += 1;
-    }
-}
-
-fn subtract<K: Ord + Copy>(counts: &mut BTreeMap<K, usize>, key: Option<K>) {
-    let Some(key) = key else {
-        return;
-    };
-    let Some(count) = counts.get_mut(&key) else {
-        return;
-    };
-    *count -= 1;
-    if *count == 0 {
-        counts.remove(&key);
-    }
-}
-
-/// When each of the latest epochs began.
-#[derive(Debug, Default)]
-struct Epochs {
-    began: VecDeque<(u32, Time)>,
-}
-
-impl Epochs {
-    fn begin(&mut self, epoch: u32, at: Time) {
-        self.began.push_back((epoch, at));
-        if self.began.len() > EPOCHS {
-            self.began.pop_front();
-        }
-    }
-
-    fn began(&self, epoch: u32) -> Option<Time> {
-        let (first, _) = self.began.front()?;
-        let index = usize::try_from(epoch.wrapping_sub(*first)).ok()?;
-        self.began.get(index).filter(|(known, _)| *known == epoch).map(|(_, at)| *at)
-    }
-}
-
-/// Transaction identifiers that nobody can guess.
-#[derive(Debug, Default)]
-struct Xids {}
-
-impl Xids {
-    fn draw(&mut self) -> u32 {
-        0
-    }
 }

@@ -1,0 +1,248 @@
+//! The words on the control socket: one JSON line asks, JSON lines answer. Names are a contract.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::core::{MacAddr, NoticeKind, State, Vlan};
+
+/// Version of the protocol, in each line as `v`. New fields do not change it.
+pub const PROTOCOL: u32 = 1;
+
+/// What may be asked; one line a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Every binding.
+    List,
+    /// Why the bindings of an address are what they are.
+    Explain {
+        ip: Ipv4Addr,
+    },
+    /// What happened of late, and with `follow` what happens from now on.
+    Events {
+        #[serde(default)]
+        follow: bool,
+    },
+    Stats,
+}
+
+/// One line of an answer. All answers but a broken one end with `end` or `error`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Response {
+    Binding(BindingView),
+    Explain(ExplainView),
+    Event(EventView),
+    /// So many events were not sent because the reader was too slow; the answer ends.
+    Lost {
+        count: u64,
+    },
+    Stats(StatsView),
+    End,
+    Error {
+        code: ErrorCode,
+        message: String,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorCode {
+    /// Not a request of this protocol version.
+    BadRequest,
+    NotFound,
+    /// Too many clients.
+    Busy,
+    /// The agent did not answer in time, or is stopping.
+    Unavailable,
+}
+
+/// A line as it travels.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Line<T> {
+    pub v: u32,
+    #[serde(flatten)]
+    pub body: T,
+}
+
+/// A binding, for people and programs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BindingView {
+    pub ip: Ipv4Addr,
+    pub mac: MacAddr,
+    /// Option 61, hexadecimal with colons.
+    pub client_id: Option<String>,
+    pub server: Option<Ipv4Addr>,
+    pub server_mac: Option<MacAddr>,
+    /// The bridge's name.
+    pub segment: String,
+    /// `None`: untagged.
+    pub vlan: Option<Vlan>,
+    /// The port's name.
+    pub port: String,
+    pub state: State,
+    /// `None`: infinite, or not yet granted.
+    pub lease_expires_at: Option<Timestamp>,
+    pub last_seen_at: Option<Timestamp>,
+}
+
+/// One line of `events`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventView {
+    pub ts: Timestamp,
+    pub event: NoticeKind,
+    pub ip: Option<Ipv4Addr>,
+    pub mac: Option<MacAddr>,
+    pub port: Option<String>,
+    pub reason: String,
+}
+
+/// What a gate says about a binding.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GateView {
+    /// Name as in DESIGN.md section 4.
+    pub gate: String,
+    /// `pass`, `hold`, `forget`, ...
+    pub verdict: String,
+    pub reason: String,
+}
+
+/// Why a binding is, or is not, released.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainView {
+    pub binding: BindingView,
+    /// Of all gates together: `release`, `hold`, ...
+    pub verdict: String,
+    pub gates: Vec<GateView>,
+    /// Events of the address that are still remembered, oldest first.
+    pub history: Vec<EventView>,
+}
+
+/// Figures of the agent. Values only ever gain names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatsView {
+    /// Of the agent.
+    pub version: String,
+    pub started_at: Timestamp,
+    pub dry_run: bool,
+    pub bridges: Vec<String>,
+    pub ports: u64,
+    /// Bindings by state.
+    pub bindings: BTreeMap<State, u64>,
+    /// `kernel.*` by the kernel half, `core.*` by the decisions, `agent.*` by the loop.
+    #[serde(flatten)]
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// Option 61 as [`BindingView::client_id`] has it.
+pub fn client_id_text(bytes: &[u8]) -> String {
+    let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    hex.join(":")
+}
+
+#[cfg(test)]
+pub(super) mod fixtures {
+    use super::*;
+
+    pub fn time(second: i64) -> Timestamp {
+        Timestamp::from_second(1_700_000_000 + second).unwrap()
+    }
+
+    pub fn binding() -> BindingView {
+        BindingView {
+            ip: Ipv4Addr::new(10, 0, 0, 7),
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            client_id: Some(client_id_text(&[1, 2, 0, 0, 0, 0, 1])),
+            server: Some(Ipv4Addr::new(10, 0, 0, 1)),
+            server_mac: Some(MacAddr([2, 0, 0, 0, 0, 0x53])),
+            segment: "br0".to_owned(),
+            vlan: None,
+            port: "vnet0".to_owned(),
+            state: State::Bound,
+            lease_expires_at: Some(time(600)),
+            last_seen_at: Some(time(-3)),
+        }
+    }
+
+    pub fn event(reason: &str) -> EventView {
+        EventView {
+            ts: time(0),
+            event: NoticeKind::Bound,
+            ip: Some(Ipv4Addr::new(10, 0, 0, 7)),
+            mac: Some(MacAddr([2, 0, 0, 0, 0, 1])),
+            port: Some("vnet0".to_owned()),
+            reason: reason.to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_a_contract() {
+        let line = Line {
+            v: PROTOCOL,
+            body: Response::Binding(fixtures::binding()),
+        };
+        assert_eq!(
+            serde_json::to_string(&line).unwrap(),
+            r#"{"v":1,"kind":"binding","ip":"10.0.0.7","mac":"02:00:00:00:00:01","client_id":"01:02:00:00:00:00:01","server":"10.0.0.1","server_mac":"02:00:00:00:00:53","segment":"br0","vlan":null,"port":"vnet0","state":"bound","lease_expires_at":"2023-11-14T22:23:20Z","last_seen_at":"2023-11-14T22:13:17Z"}"#
+        );
+        let line = Line {
+            v: PROTOCOL,
+            body: Response::Event(fixtures::event("ACK, 600 s")),
+        };
+        assert_eq!(
+            serde_json::to_string(&line).unwrap(),
+            r#"{"v":1,"kind":"event","ts":"2023-11-14T22:13:20Z","event":"bound","ip":"10.0.0.7","mac":"02:00:00:00:00:01","port":"vnet0","reason":"ACK, 600 s"}"#
+        );
+    }
+
+    #[test]
+    fn requests_are_read() {
+        for (line, expected) in [
+            (r#"{"v":1,"request":"list"}"#, Request::List),
+            (
+                r#"{"v":1,"request":"events"}"#,
+                Request::Events { follow: false },
+            ),
+            (
+                r#"{"v":1,"request":"events","follow":true}"#,
+                Request::Events { follow: true },
+            ),
+            (
+                r#"{"v":1,"request":"explain","ip":"10.0.0.7"}"#,
+                Request::Explain {
+                    ip: Ipv4Addr::new(10, 0, 0, 7),
+                },
+            ),
+            (r#"{"v":1,"request":"stats"}"#, Request::Stats),
+        ] {
+            let read: Line<Request> = serde_json::from_str(line).unwrap();
+            assert_eq!(read.body, expected);
+        }
+    }
+
+    #[test]
+    fn stats_go_there_and_back() {
+        let stats = StatsView {
+            version: "0.1.0".to_owned(),
+            started_at: fixtures::time(0),
+            dry_run: false,
+            bridges: vec!["br0".to_owned()],
+            ports: 3,
+            bindings: BTreeMap::from([(State::Bound, 2), (State::Gone, 1)]),
+            counters: BTreeMap::from([("dhcp".to_owned(), 9)]),
+        };
+        let line = Line {
+            v: PROTOCOL,
+            body: Response::Stats(stats),
+        };
+        let text = serde_json::to_string(&line).unwrap();
+        assert_eq!(serde_json::from_str::<Line<Response>>(&text).unwrap(), line);
+    }
+}
