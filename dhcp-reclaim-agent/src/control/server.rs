@@ -650,7 +650,10 @@ mod tests {
             let served = (0..100).any(|_| {
                 thread::sleep(Duration::from_millis(50));
                 let mut asker = Asker::connect(path).unwrap();
-                asker.ask(&Request::List).unwrap().all(|answer| answer.is_ok())
+                asker
+                    .ask(&Request::List)
+                    .unwrap()
+                    .all(|answer| answer.is_ok())
             });
             assert!(served);
         });
