@@ -646,16 +646,18 @@ mod tests {
                 "{error}"
             );
             drop(crowd);
-            thread::sleep(Duration::from_millis(50));
-            let mut asker = Asker::connect(path).unwrap();
-            assert!(
+            // Their places are free once the server has seen them leave.
+            let served = (0..100).any(|_| {
+                thread::sleep(Duration::from_millis(50));
+                let mut asker = Asker::connect(path).unwrap();
                 asker
                     .ask(&Request::List)
                     .unwrap()
                     .all(|answer| answer.is_ok())
-            );
+            });
+            assert!(served);
         });
-        assert_eq!(stats.refused.load(Ordering::Relaxed), 1);
+        assert!(stats.refused.load(Ordering::Relaxed) >= 1);
     }
 
     #[tokio::test]
