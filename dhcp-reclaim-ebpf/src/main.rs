@@ -138,6 +138,12 @@ pub fn emit(ctx: TcContext) -> i32 {
     unsafe { bpf_redirect(ifindex, flags) as i32 }
 }
 
+/// What the hook alone costs: benches run it next to [`vm_ingress`]. Never attached.
+#[classifier]
+pub fn baseline(_ctx: TcContext) -> i32 {
+    NEXT
+}
+
 /// What the TC and the XDP context have in common.
 trait Context {
     fn ifindex(&self) -> u32;
