@@ -324,7 +324,11 @@ pub fn interest(role: u8, direction: u8, record: &Record) -> Interest {
 }
 
 /// One option; false when there is no more.
-#[inline(always)]
+///
+/// A function of its own in the kernel too: inlined, the compiler keeps the walk in registers, and
+/// the verifier follows each of their values through each of the steps (a million instructions and
+/// more; so it is some ten thousand).
+#[inline(never)]
 fn step(frame: &[u8; FRAME_MAX], walk: &mut Walk, record: &mut Record) -> bool {
     // Masked at once: all ways into the next step look alike to the verifier.
     let at = walk.at & MASK as u32;

@@ -27,6 +27,7 @@ impl PacketSocket {
     pub fn send_on(&self, ifindex: IfIndex, frame: &[u8]) -> Result<(), EmitError> {
         self.send(ifindex, frame).map_err(|source| {
             let name = if_indextoname(ifindex).ok().and_then(|name| name.into_string().ok());
+            let name = name.filter(|name| !name.is_empty());
             let interface = name.unwrap_or_else(|| format!("interface {ifindex}"));
             EmitError::Send { interface, source }
         })

@@ -17,10 +17,8 @@ use aya::{
         xdp::XdpLink,
     },
 };
-use nix::net::if_::if_indextoname;
-
 use super::{
-    Hook, KernelError,
+    Hook, KernelError, interface_name,
     load::{PinDir, path_error, program},
 };
 use crate::core::{IfIndex, Port, Role};
@@ -220,7 +218,7 @@ fn attach_classifier(
     // The kernel's version says little: try.
     match attach_clsact(program, &interface, way) {
         Ok(held) => Ok(held),
-        Err(_) if if_indextoname(ifindex).is_err() => Err(KernelError::PortGone { ifindex }),
+        Err(_) if interface_name(ifindex).is_none() => Err(KernelError::PortGone { ifindex }),
         Err(error) => Err(KernelError::Attach {
             program: name,
             name: interface,
@@ -342,16 +340,15 @@ fn attach_xdp(
         };
         return Ok(Held { hook, link });
     }
-    if if_indextoname(ifindex).is_err() {
+    if interface_name(ifindex).is_none() {
         return Err(KernelError::PortGone { ifindex });
     }
     Err(KernelError::Attach { program: "xdp_ingress", name: interface, hooks: failures.join("; ") })
 }
 
-/// The name as it is now: ports are renamed while they come up, and aya asks for names.
+/// aya asks for names; ports are renamed while they come up.
 fn interface(ifindex: IfIndex) -> Result<String, KernelError> {
-    let name = if_indextoname(ifindex).map_err(|_| KernelError::PortGone { ifindex })?;
-    name.into_string().map_err(|_| KernelError::PortGone { ifindex })
+    interface_name(ifindex).ok_or(KernelError::PortGone { ifindex })
 }
 
 /// aya's link errors have no place among its program errors.
