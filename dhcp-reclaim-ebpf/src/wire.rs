@@ -132,39 +132,39 @@ fn to_dhcp(version_ihl: u8, protocol: u8, destination: [u8; 2]) -> bool {
         && (version_ihl != 0x45 || matches!(u16::from_be_bytes(destination), 67 | 68))
 }
 
-/// Where the sources of a frame are: for the exact tier of WATCH.
+/// Whose frame it is: for the exact tier of WATCH.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sources {
     /// Network order.
     pub vlan: [u8; 2],
     pub mac: [u8; 6],
-    /// Offset of the IPv4 source or ARP sender address; zero when there is none.
-    pub ip_at: u32,
+    /// IPv4 source or ARP sender address; zero when there is none.
+    pub ip: [u8; 4],
 }
 
-/// Bytes that [`sources`] needs: any Ethernet frame with one tag.
-pub const SOURCES_HEAD: usize = 18;
+/// Bytes that [`sources`] needs: an ARP message without padding.
+pub const SOURCES_HEAD: usize = 42;
 
 /// `head` may be filled up with zeros when the frame is shorter.
 #[inline(always)]
 pub fn sources(head: &[u8; SOURCES_HEAD], tag: Tag) -> Sources {
-    let mut ethertype = u16::from_be_bytes([head[12], head[13]]);
-    let mut vlan = tag.tci & VLAN_ID;
-    let mut l3 = 14;
-    if ethertype == VLAN || ethertype == VLAN_SERVICE {
-        if tag.protocol == 0 {
-            vlan = u16::from_be_bytes([head[14], head[15]]) & VLAN_ID;
-        }
-        ethertype = u16::from_be_bytes([head[16], head[17]]);
-        l3 = 18;
-    }
-    let ip_at = match ethertype {
-        IPV4 => l3 + 12,
-        ARP => l3 + 14,
-        _ => 0,
-    };
     let mac = [head[6], head[7], head[8], head[9], head[10], head[11]];
-    Sources { vlan: vlan.to_be_bytes(), mac, ip_at }
+    let outer = u16::from_be_bytes([head[12], head[13]]);
+    if outer != VLAN && outer != VLAN_SERVICE {
+        let ip = match outer {
+            IPV4 => [head[26], head[27], head[28], head[29]],
+            ARP => [head[28], head[29], head[30], head[31]],
+            _ => [0; 4],
+        };
+        return Sources { vlan: (tag.tci & VLAN_ID).to_be_bytes(), mac, ip };
+    }
+    let tci = if tag.protocol != 0 { tag.tci } else { u16::from_be_bytes([head[14], head[15]]) };
+    let ip = match u16::from_be_bytes([head[16], head[17]]) {
+        IPV4 => [head[30], head[31], head[32], head[33]],
+        ARP => [head[32], head[33], head[34], head[35]],
+        _ => [0; 4],
+    };
+    Sources { vlan: (tci & VLAN_ID).to_be_bytes(), mac, ip }
 }
 
 /// Reads the frame of `len` bytes, of which the buffer holds the first [`FRAME_MAX`]; what lies
@@ -501,7 +501,7 @@ mod tests {
     use std::vec::Vec;
 
     use super::{
-        vectors::{Builder, CLIENT_IP, CLIENT_MAC, SERVER_IP, SERVER_MAC, XID, arp, tcp},
+        vectors::{Builder, CLIENT_IP, CLIENT_MAC, SERVER_IP, SERVER_MAC, XID, arp},
         *,
     };
     use crate::abi::{DIRECTION_TO_PORT, ROLE_NONE};
@@ -584,16 +584,17 @@ mod tests {
     #[test]
     fn sources_are_found_behind_tags() {
         let look = |frame: &[u8], tag| sources(frame.first_chunk().unwrap(), tag);
-        let plain = Sources { vlan: [0; 2], mac: CLIENT_MAC, ip_at: 26 };
-        assert_eq!(look(&tcp(), Tag::NONE), plain);
-        assert_eq!(look(&arp(CLIENT_MAC, CLIENT_IP), Tag::NONE), Sources { ip_at: 28, ..plain });
+        let ip = [192, 0, 2, 9];
+        let builder = || Builder::selecting().with(|b| b.source_ip = ip);
+        let plain = Sources { vlan: [0; 2], mac: CLIENT_MAC, ip };
+        assert_eq!(look(&builder().build(), Tag::NONE), plain);
+        assert_eq!(look(&arp(CLIENT_MAC, ip), Tag::NONE), plain);
         let tag = Tag { protocol: 0x8100, tci: 0xe064 };
-        assert_eq!(look(&tcp(), tag), Sources { vlan: [0, 100], ..plain });
-        let tagged = Builder::selecting().with(|b| b.tags.push((0x8100, 0xe064))).build();
-        assert_eq!(look(&tagged, Tag::NONE), Sources { vlan: [0, 100], ip_at: 30, ..plain });
-        let v6 = Builder::selecting().with(|b| b.ethertype = 0x86dd).build();
-        assert_eq!(look(&v6, Tag::NONE), Sources { ip_at: 0, ..plain });
-        assert_eq!(arp(CLIENT_MAC, CLIENT_IP)[28..32], CLIENT_IP);
+        assert_eq!(look(&builder().build(), tag), Sources { vlan: [0, 100], ..plain });
+        let tagged = builder().with(|b| b.tags.push((0x8100, 0xe064))).build();
+        assert_eq!(look(&tagged, Tag::NONE), Sources { vlan: [0, 100], ..plain });
+        let v6 = builder().with(|b| b.ethertype = 0x86dd).build();
+        assert_eq!(look(&v6, Tag::NONE), Sources { ip: [0; 4], ..plain });
     }
 
     #[test]
