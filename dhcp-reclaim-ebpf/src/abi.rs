@@ -409,6 +409,8 @@ const _: () = {
 mod tests {
     use core::mem::offset_of;
 
+    use zerocopy::FromZeros as _;
+
     use super::*;
 
     #[test]

@@ -189,7 +189,7 @@ pub(super) fn load(options: &LoadOptions) -> Result<Kernel, KernelError> {
         .map_err(explain)?;
 
     let programs: &[_] = match options.hook {
-        Hook::Tc | Hook::Clsact => &["vm_ingress", "vm_egress", "emit"],
+        Hook::Tc | Hook::Clsact => &["vm_ingress", "vm_egress", "emit", "baseline"],
         Hook::Xdp => &["emit"],
     };
     for &name in programs {

@@ -15,10 +15,9 @@ use aya::{
 use dhcp_reclaim_ebpf::abi::{
     Counter, EmitOrder, PORT_SLOTS, PortSlot, VERDICT_NONE, WatchKey, WatchValue,
 };
-use nix::net::if_::if_indextoname;
 use zerocopy::{FromZeros as _, transmute};
 
-use super::KernelError;
+use super::{KernelError, interface_name};
 use crate::core::{IfIndex, Port};
 
 /// `BPF_NOEXIST`
@@ -175,7 +174,7 @@ impl Ports {
         let slot = self.slot(port.ifindex);
         let owner = slot.ifindex().load(Ordering::Acquire);
         if owner != port.ifindex {
-            if owner != 0 && if_indextoname(owner).is_ok() {
+            if owner != 0 && interface_name(owner).is_some() {
                 return Err(KernelError::SlotTaken {
                     name: port.name.clone(),
                     ifindex: port.ifindex,

@@ -13,6 +13,8 @@ use dhcp_reclaim_ebpf::abi::{
     Counter, EmitOrder, PortSlot, ROLE_UPLINK, ROLE_VM, WatchKey, WatchValue,
 };
 
+use nix::net::if_::if_indextoname;
+
 pub use self::{
     attach::AttachedHook,
     load::{Hook, LoadOptions},
@@ -231,4 +233,10 @@ impl Kernel {
         self.attachments.detach_all();
         self.pins.remove()
     }
+}
+
+/// The interface's name as it is now. nix takes libc's null pointer for a name without letters.
+fn interface_name(ifindex: IfIndex) -> Option<String> {
+    let name = if_indextoname(ifindex).ok()?.into_string().ok()?;
+    (!name.is_empty()).then_some(name)
 }

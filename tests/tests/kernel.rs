@@ -1,0 +1,490 @@
+//! The kernel half in the kernel: as root, each test in namespaces of its own.
+
+mod world;
+
+use std::{net::UdpSocket, time::Duration};
+
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
+use dhcp_reclaim_agent::{
+    core::{MacAddr, Port, Role},
+    emit::{PacketSocket, PrivateLink},
+    kernel::{AttachedHook, Hook, Kernel, KernelError, LoadOptions, message, watch_ip, watch_mac},
+};
+use dhcp_reclaim_ebpf::{
+    abi::{
+        DIRECTION_FROM_PORT, DIRECTION_TO_PORT, EMIT_EGRESS, EMIT_INGRESS, EmitOrder, ROLE_VM,
+        Record, VERDICT_NONE, VERDICT_SENT, VERDICT_UNWATCHED, VERDICT_VETOED,
+    },
+    wire::{
+        ACK, Interest, Outcome, RELEASE, REQUEST, Tag, classify_frame, interest,
+        vectors::{self, Builder, CLIENT_IP, CLIENT_MAC, SERVER_IP},
+    },
+};
+use world::{SEGMENT, alone, ip, load, options, port, records, runtime, vm_port};
+
+/// TC test runs happen on `lo`, whose index is 1 in every namespace.
+const LO: u32 = 1;
+const NEXT: u32 = u32::MAX;
+const XDP_PASS: u32 = 2;
+
+#[test]
+fn the_classifier_in_tc_agrees_with_the_host() {
+    alone(|| agree(Hook::Tc));
+}
+
+#[test]
+fn the_classifier_in_xdp_agrees_with_the_host() {
+    alone(|| agree(Hook::Xdp));
+}
+
+fn agree(hook: Hook) {
+    let mut kernel = load(hook);
+    let runtime = runtime();
+    let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
+    kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
+    let mut pushed = 0;
+    for vector in vectors::all() {
+        // What a test run cannot say: metadata, and frames without payload.
+        if vector.tag != Tag::NONE || vector.frame.len() <= 14 {
+            continue;
+        }
+        let (verdict, next) = match hook {
+            Hook::Tc | Hook::Clsact => (run_tc(&kernel, "vm_ingress", &vector.frame), NEXT),
+            Hook::Xdp => (run_xdp(&kernel, &vector.frame), XDP_PASS),
+        };
+        assert_eq!(verdict, next, "{}", vector.name);
+        let records = ring.take_now();
+        let (outcome, host) = classify_frame(&vector.frame, Tag::NONE);
+        let wanted = outcome == Outcome::Message
+            && interest(ROLE_VM, DIRECTION_FROM_PORT, &host) != Interest::Nobody;
+        assert_eq!(records.len(), usize::from(wanted), "{}", vector.name);
+        for record in records {
+            assert!(record.seen_ns != 0 && record.ifindex == LO, "{}", vector.name);
+            let bare = Record { seen_ns: 0, ifindex: 0, direction: 0, role: 0, ..record };
+            assert_eq!(bare, host, "{}", vector.name);
+            pushed += 1;
+        }
+    }
+    assert!(pushed > 50, "only {pushed} records");
+    let counters = kernel.counters().unwrap();
+    assert_eq!(counters["records"], pushed, "{counters:?}");
+    assert!(counters["ambiguous"] > 20 && counters["rogue_server"] > 2, "{counters:?}");
+    assert!(counters["truncated"] > 3 && counters["not_dhcp"] == 2, "{counters:?}");
+}
+
+/// Programs of other agents, XDP among them, see what we see: nothing is changed.
+#[test]
+fn frames_pass_unchanged() {
+    alone(|| {
+        let mut kernel = load(Hook::Tc);
+        kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
+        let frame = Builder::selecting().build();
+        let mut out = vec![0; frame.len()];
+        let program: &SchedClassifier =
+            kernel.ebpf().program("vm_ingress").unwrap().try_into().unwrap();
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(&frame),
+                data_out: Some(&mut out),
+                ..TestRunOptions::new()
+            })
+            .unwrap();
+        assert_eq!((result.data_size_out as usize, out), (frame.len(), frame));
+    });
+}
+
+#[test]
+fn tcx_hears_the_vm_and_the_answer() {
+    alone(|| hear(Hook::Tc, AttachedHook::Tcx));
+}
+
+#[test]
+fn clsact_hears_the_vm_and_the_answer() {
+    alone(|| hear(Hook::Clsact, AttachedHook::Clsact));
+}
+
+#[test]
+fn xdp_hears_the_vm() {
+    alone(|| hear(Hook::Xdp, AttachedHook::XdpNative));
+}
+
+fn hear(hook: Hook, expected: AttachedHook) {
+    let (vm, guest) = vm_port();
+    let mut kernel = load(hook);
+    let runtime = runtime();
+    let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
+    assert_eq!(kernel.watch(&vm, 0, 0).unwrap(), expected);
+    let socket = PacketSocket::open().unwrap();
+
+    // Nobody asked yet: broadcast answers to others do not count.
+    socket.send_on(vm.ifindex, &Builder::server(ACK).build()).unwrap();
+    let tagged = Builder::selecting().with(|b| b.tags.push((0x8100, 100)));
+    socket.send_on(guest, &tagged.build()).unwrap();
+    let heard = records(&runtime, &mut ring, 1);
+    let [request] = &heard[..] else { panic!("{heard:?}") };
+    assert_eq!((request.direction, request.ifindex), (DIRECTION_FROM_PORT, vm.ifindex));
+    let request = message(request).unwrap();
+    assert_eq!((request.vlan, request.chaddr), (100, MacAddr(CLIENT_MAC)));
+    assert_eq!(request.requested_ip, Some(CLIENT_IP.into()));
+    assert!(!request.ambiguous, "{request:?}");
+
+    if hook == Hook::Xdp {
+        kernel.unwatch(vm.ifindex);
+        return;
+    }
+    socket.send_on(vm.ifindex, &Builder::server(ACK).build()).unwrap();
+    let heard = records(&runtime, &mut ring, 1);
+    let [ack] = &heard[..] else { panic!("{heard:?}") };
+    assert_eq!((ack.direction, ack.role), (DIRECTION_TO_PORT, ROLE_VM));
+    let ack = message(ack).unwrap();
+    assert_eq!((ack.yiaddr, ack.lease_secs), (Some(CLIENT_IP.into()), Some(3600)));
+    assert_eq!(kernel.counters().unwrap()["unasked"], 1);
+
+    // Watched once more: nothing is heard twice. Then not at all.
+    assert_eq!(kernel.watch(&vm, 0, 0).unwrap(), expected);
+    socket.send_on(guest, &Builder::selecting().build()).unwrap();
+    assert_eq!(records(&runtime, &mut ring, 1).len(), 1);
+    kernel.unwatch(vm.ifindex);
+    socket.send_on(guest, &Builder::selecting().build()).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(ring.take_now(), []);
+
+    // A port that vanishes under us is no error, and neither is its index.
+    kernel.watch(&vm, 0, 0).unwrap();
+    ip("link del vm0");
+    kernel.unwatch(vm.ifindex);
+    assert!(matches!(kernel.watch(&vm, 0, 0), Err(KernelError::PortGone { .. })));
+    assert_eq!(kernel.port_epoch(vm.ifindex), None);
+}
+
+#[test]
+fn sightings_are_coarse_until_a_check_is_due() {
+    alone(|| {
+        let (vm, guest) = vm_port();
+        let mut kernel = load(Hook::Tc);
+        kernel.watch(&vm, 0, 0).unwrap();
+        let socket = PacketSocket::open().unwrap();
+        let (ip, mac) = keys();
+        kernel.arm(&ip).unwrap();
+        kernel.arm(&mac).unwrap();
+        let arp = vectors::arp(CLIENT_MAC, CLIENT_IP);
+
+        assert_eq!(kernel.port_epoch(vm.ifindex), None);
+        let epoch = kernel.advance_epoch().unwrap();
+        socket.send_on(guest, &arp).unwrap();
+        settle();
+        assert_eq!(kernel.port_epoch(vm.ifindex), Some(epoch));
+        assert_eq!(kernel.watched(&ip).unwrap().unwrap().latest_ns(), 0);
+
+        kernel.set_exact(vm.ifindex, true);
+        socket.send_on(guest, &arp).unwrap();
+        settle();
+        let seen = kernel.watched(&ip).unwrap().unwrap();
+        assert!(seen.seen_at(vm.ifindex).is_some(), "{seen:?}");
+        assert_eq!((seen.seen_elsewhere(vm.ifindex), seen.mac), (None, CLIENT_MAC));
+        assert!(kernel.watched(&mac).unwrap().unwrap().seen_at(vm.ifindex).is_some());
+
+        // Armed again, nothing is forgotten; disarmed, all.
+        kernel.arm(&ip).unwrap();
+        assert_eq!(kernel.watched(&ip).unwrap(), Some(seen));
+        kernel.disarm(&ip).unwrap();
+        kernel.disarm(&ip).unwrap();
+        assert_eq!(kernel.watched(&ip).unwrap(), None);
+        assert_eq!(kernel.armed().unwrap(), [mac]);
+
+        // Another VLAN is another address.
+        let before = kernel.watched(&mac).unwrap();
+        let tagged = Builder::selecting().with(|b| b.tags.push((0x8100, 9))).build();
+        socket.send_on(guest, &tagged).unwrap();
+        settle();
+        assert_eq!(kernel.watched(&mac).unwrap(), before);
+    });
+}
+
+#[test]
+fn a_frame_after_the_decision_vetoes_the_release() {
+    alone(|| veto(EMIT_INGRESS));
+}
+
+#[test]
+fn a_release_reaches_a_server_elsewhere() {
+    alone(|| veto(EMIT_EGRESS));
+}
+
+/// The server is a socket: on the bridge's own address, or behind another port of the bridge.
+fn veto(direction: u8) {
+    let (vm, guest) = vm_port();
+    ip("link add br0 type bridge");
+    ip("link set br0 up");
+    ip("link set vm0 master br0");
+    let device = if direction == EMIT_INGRESS {
+        "br0"
+    } else {
+        ip("link add srv0 type veth peer name srv1");
+        ip("link set srv0 up master br0");
+        ip("link set srv1 up");
+        "srv1"
+    };
+    ip(&format!("address add 192.0.2.1/24 dev {device}"));
+    let server_mac: MacAddr =
+        std::fs::read_to_string(format!("/sys/class/net/{device}/address"))
+            .or_else(|_| link_address(device))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+    let server = UdpSocket::bind("0.0.0.0:67").unwrap();
+    server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+
+    let runtime = runtime();
+    let mut kernel = load(Hook::Tc);
+    let link = runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        tokio::spawn(connection);
+        // Twice: the second takes the place of the first, as after a crash.
+        std::mem::forget(PrivateLink::create(&handle).await.unwrap());
+        PrivateLink::create(&handle).await.unwrap()
+    });
+    assert_eq!(kernel.attach_emit(link.ifindex()).unwrap(), AttachedHook::Tcx);
+    kernel.watch(&vm, 0, 0).unwrap();
+    kernel.set_exact(vm.ifindex, true);
+    let socket = PacketSocket::open().unwrap();
+    let (ip_key, mac_key) = keys();
+    let order = |silent_since_ns| EmitOrder {
+        silent_since_ns,
+        ip: ip_key,
+        mac: mac_key,
+        ifindex: port("br0", Role::Vm).ifindex,
+        direction,
+        verdict: VERDICT_NONE,
+        vlan: [0; 2],
+    };
+    let xid = u32::from_be_bytes(vectors::XID);
+    let release = release(server_mac.0);
+    let mut buffer = [0; 600];
+
+    // Without an order, without a watch: nothing leaves.
+    link.send_release(&release).unwrap();
+    assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_NONE);
+    kernel.order(xid, &order(1)).unwrap();
+    link.send_release(&release).unwrap();
+    assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_UNWATCHED);
+
+    kernel.arm(&ip_key).unwrap();
+    kernel.arm(&mac_key).unwrap();
+    kernel.order(xid, &order(1)).unwrap();
+    socket.send_on(guest, &vectors::arp(CLIENT_MAC, CLIENT_IP)).unwrap();
+    settle();
+    link.send_release(&release).unwrap();
+    assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_VETOED);
+    assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_NONE, "taken away");
+    assert!(server.recv(&mut buffer).is_err(), "a vetoed RELEASE arrived");
+
+    let seen = [ip_key, mac_key].map(|key| kernel.watched(&key).unwrap().unwrap().latest_ns());
+    let now = seen[0].max(seen[1]);
+    kernel.order(xid, &order(now)).unwrap();
+    link.send_release(&release).unwrap();
+    assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_SENT);
+    let (len, from) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(from.to_string(), "192.0.2.50:68");
+    assert_eq!(buffer[..len], release[42..]);
+
+    let counters = kernel.counters().unwrap();
+    assert_eq!((counters["emit_sent"], counters["emit_vetoed"]), (1, 2), "{counters:?}");
+    drop(link);
+    assert!(nix::net::if_::if_nametoindex("dreclaim0").is_err(), "the link stays");
+}
+
+#[test]
+fn pins_outlive_the_agent() {
+    alone(|| {
+        let (vm, guest) = vm_port();
+        let socket = PacketSocket::open().unwrap();
+        let (ip, mac) = keys();
+        let runtime = runtime();
+        let mut first = load(Hook::Tc);
+        let error = Kernel::load(&options(Hook::Tc)).err().unwrap().to_string();
+        let expected = format!("another agent (pid {}) is already here", std::process::id());
+        assert!(error.starts_with(&expected), "{error}");
+        first.watch(&vm, 0, 0).unwrap();
+        first.set_exact(vm.ifindex, true);
+        let epoch = first.advance_epoch().unwrap();
+        first.arm(&mac).unwrap();
+        first.arm(&ip).unwrap();
+        drop(first);
+
+        // Nobody is there, and yet it is noted.
+        socket.send_on(guest, &vectors::arp(CLIENT_MAC, CLIENT_IP)).unwrap();
+        socket.send_on(guest, &Builder::selecting().build()).unwrap();
+        settle();
+
+        let mut second = load(Hook::Tc);
+        let mut ring = runtime.block_on(async { second.ring() }).unwrap();
+        assert_eq!(records(&runtime, &mut ring, 1).len(), 1, "the record waited");
+        assert_eq!(second.port_epoch(vm.ifindex), Some(epoch));
+        assert!(second.watched(&mac).unwrap().unwrap().seen_at(vm.ifindex).is_some());
+        let slot = second.port_slot(vm.ifindex).unwrap();
+        assert!(slot.asked(vectors::XID) && slot.exact == 1, "{slot:?}");
+        assert_eq!(second.advance_epoch().unwrap(), epoch + 1);
+
+        // Taken over, not attached twice; the answer to the REQUEST of before is heard.
+        assert_eq!(second.watch(&vm, 0, 0).unwrap(), AttachedHook::Tcx);
+        socket.send_on(vm.ifindex, &Builder::server(ACK).build()).unwrap();
+        assert_eq!(records(&runtime, &mut ring, 1).len(), 1);
+        settle();
+        assert_eq!(ring.take_now(), []);
+        assert_eq!(second.forget_unwatched().unwrap(), []);
+        drop((second, ring));
+
+        // A third that does not want the port takes the programs off.
+        let mut third = load(Hook::Tc);
+        assert_eq!(third.forget_unwatched().unwrap(), [vm.ifindex]);
+        assert_eq!(third.port_slot(vm.ifindex), None);
+        let before = third.counters().unwrap();
+        socket.send_on(guest, &Builder::selecting().build()).unwrap();
+        settle();
+        assert_eq!(third.counters().unwrap(), before);
+
+        // A clean stop leaves nothing; another size of the ring is another map.
+        third.unpin_all().unwrap();
+        let LoadOptions { bpffs, .. } = options(Hook::Tc);
+        assert!(!bpffs.join("dhcp-reclaim").exists());
+        drop(load(Hook::Tc));
+        Kernel::load(&LoadOptions { ring_bytes: 4096, ..options(Hook::Tc) }).unwrap();
+    });
+}
+
+#[test]
+fn a_port_may_say_only_so_much() {
+    alone(|| {
+        let mut kernel = load(Hook::Tc);
+        let runtime = runtime();
+        let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
+        kernel.watch(&port("lo", Role::Vm), 1, 3).unwrap();
+        let frame = Builder::selecting().build();
+        for _ in 0..10 {
+            run_tc(&kernel, "vm_ingress", &frame);
+        }
+        assert_eq!(ring.take_now().len(), 3);
+        let counters = kernel.counters().unwrap();
+        assert_eq!((counters["records"], counters["rate_limited"]), (3, 7), "{counters:?}");
+        assert_eq!(kernel.port_lost(LO), Some(7));
+    });
+}
+
+#[test]
+fn a_full_ring_keeps_room_for_the_server() {
+    alone(|| {
+        let mut kernel =
+            Kernel::load(&LoadOptions { ring_bytes: 4096, ..options(Hook::Tc) }).unwrap();
+        let runtime = runtime();
+        let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
+        kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
+        let request = Builder::selecting().build();
+        for _ in 0..20 {
+            run_tc(&kernel, "vm_ingress", &request);
+        }
+        // 360 bytes each; three quarters are full with the ninth.
+        assert_eq!(kernel.counters().unwrap()["ring_full"], 11);
+        for _ in 0..4 {
+            run_tc(&kernel, "vm_egress", &Builder::server(ACK).build());
+        }
+        let records = ring.take_now();
+        let answers = records.iter().filter(|record| record.direction == DIRECTION_TO_PORT);
+        assert_eq!((records.len(), answers.count()), (11, 2));
+        assert_eq!(kernel.counters().unwrap()["ring_full"], 13);
+        assert_eq!(kernel.port_lost(LO), Some(13));
+    });
+}
+
+#[test]
+fn a_slot_has_one_owner() {
+    alone(|| {
+        let mut kernel = load(Hook::Tc);
+        kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
+        ip("link add other index 32769 type veth peer name peer0");
+        let other = port("other", Role::Vm);
+        let Err(KernelError::SlotTaken { owner: LO, .. }) = kernel.watch(&other, 0, 0) else {
+            panic!("two owners");
+        };
+        // The owner is gone: its slot is free.
+        kernel.unwatch(LO);
+        kernel.watch(&other, 0, 0).unwrap();
+        ip("link del other");
+        kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
+    });
+}
+
+#[test]
+fn an_uplink_is_heard_but_not_answered() {
+    alone(|| {
+        let (vm, guest) = vm_port();
+        let uplink = Port { role: Role::Uplink, ..vm };
+        let mut kernel = load(Hook::Tc);
+        let runtime = runtime();
+        let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
+        kernel.watch(&uplink, 0, 0).unwrap();
+        let socket = PacketSocket::open().unwrap();
+        socket.send_on(guest, &Builder::server(ACK).build()).unwrap();
+        socket.send_on(guest, &Builder::client(REQUEST).build()).unwrap();
+        socket.send_on(uplink.ifindex, &Builder::server(ACK).build()).unwrap();
+        assert_eq!(records(&runtime, &mut ring, 2).len(), 2);
+        settle();
+        assert_eq!(ring.take_now(), []);
+        assert_eq!(kernel.counters().unwrap()["rogue_server"], 0);
+    });
+}
+
+fn keys() -> (dhcp_reclaim_ebpf::abi::WatchKey, dhcp_reclaim_ebpf::abi::WatchKey) {
+    (
+        watch_ip(SEGMENT, 0, CLIENT_IP.into()),
+        watch_mac(SEGMENT, 0, MacAddr(CLIENT_MAC)),
+    )
+}
+
+/// As the agent's `packet` builds it, in brief: with the IP checksum that a server's kernel asks for.
+fn release(server_mac: [u8; 6]) -> Vec<u8> {
+    let mut frame = Builder::client(RELEASE)
+        .option(54, &SERVER_IP)
+        .with(|b| {
+            b.destination_mac = server_mac;
+            b.source_ip = CLIENT_IP;
+            b.destination_ip = SERVER_IP;
+            b.ciaddr = CLIENT_IP;
+        })
+        .build();
+    let sum: u32 = frame[14..34]
+        .chunks(2)
+        .map(|half| u32::from(u16::from_be_bytes([half[0], half[1]])))
+        .sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    frame[24..26].copy_from_slice(&(!(folded as u16)).to_be_bytes());
+    frame
+}
+
+/// `/sys` may show another namespace's devices.
+fn link_address(device: &str) -> std::io::Result<String> {
+    let output = std::process::Command::new("ip").args(["-o", "link", "show", device]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut words = text.split_whitespace().skip_while(|word| *word != "link/ether");
+    words.nth(1).map(str::to_owned).ok_or(std::io::ErrorKind::NotFound.into())
+}
+
+/// veth hands frames on in a softirq.
+fn settle() {
+    std::thread::sleep(Duration::from_millis(30));
+}
+
+#[track_caller]
+fn run_tc(kernel: &Kernel, name: &str, frame: &[u8]) -> u32 {
+    let program: &SchedClassifier = kernel.ebpf().program(name).unwrap().try_into().unwrap();
+    let options = TestRunOptions { data_in: Some(frame), ..TestRunOptions::new() };
+    program.test_run(options).unwrap().return_value
+}
+
+#[track_caller]
+fn run_xdp(kernel: &Kernel, frame: &[u8]) -> u32 {
+    let program: &Xdp = kernel.ebpf().program("xdp_ingress").unwrap().try_into().unwrap();
+    let options = TestRunOptions { data_in: Some(frame), ..TestRunOptions::new() };
+    program.test_run(options).unwrap().return_value
+}
