@@ -63,7 +63,9 @@ impl fmt::Debug for MacAddr {
 
 /// Not six hexadecimal bytes with colons between them.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not an Ethernet address: expected six hexadecimal bytes, as in 02:00:00:00:00:01")]
+#[error(
+    "`{0}` is not an Ethernet address: expected six hexadecimal bytes, as in 02:00:00:00:00:01"
+)]
 pub struct ParseMacError(String);
 
 impl FromStr for MacAddr {
@@ -74,7 +76,10 @@ impl FromStr for MacAddr {
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or_else(bad)?;
+            let part = parts
+                .next()
+                .filter(|part| part.len() == 2)
+                .ok_or_else(bad)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
         }
         if parts.next().is_some() {
@@ -263,16 +268,31 @@ pub enum ReleaseOutcome {
 pub enum Event {
     /// A port is there and watched.
     PortUp(Port),
-    PortDown { port: IfIndex, loss: PortLoss },
+    PortDown {
+        port: IfIndex,
+        loss: PortLoss,
+    },
     Message(Message),
     /// Records of this port were lost: what we know of it may be old.
-    RecordsLost { port: IfIndex, total: u32 },
+    RecordsLost {
+        port: IfIndex,
+        total: u32,
+    },
     /// The answer to [`Action::Look`].
-    Evidence { key: Key, evidence: Evidence },
+    Evidence {
+        key: Key,
+        evidence: Evidence,
+    },
     /// The answer to [`Action::Probe`]: whether it left.
-    Probed { key: Key, sent: bool },
+    Probed {
+        key: Key,
+        sent: bool,
+    },
     /// The answer to [`Action::Release`].
-    Released { key: Key, outcome: ReleaseOutcome },
+    Released {
+        key: Key,
+        outcome: ReleaseOutcome,
+    },
 }
 
 /// What the core wants done. The shell answers `Look`, `Probe` and `Release` with the `Event` of
@@ -281,11 +301,28 @@ pub enum Event {
 pub enum Action {
     /// Watch the address and its MAC exactly. `own_port` is `None` once the port is lost; then
     /// every port of the segment is looked at.
-    Arm { key: Key, mac: MacAddr, own_port: Option<IfIndex> },
-    Disarm { key: Key, mac: MacAddr },
-    Look { key: Key, mac: MacAddr, own_port: Option<IfIndex> },
-    Probe { key: Key, probe: Probe },
-    Release { key: Key, release: Release },
+    Arm {
+        key: Key,
+        mac: MacAddr,
+        own_port: Option<IfIndex>,
+    },
+    Disarm {
+        key: Key,
+        mac: MacAddr,
+    },
+    Look {
+        key: Key,
+        mac: MacAddr,
+        own_port: Option<IfIndex>,
+    },
+    Probe {
+        key: Key,
+        probe: Probe,
+    },
+    Release {
+        key: Key,
+        release: Release,
+    },
     /// Tell people and programs.
     Notify(Notice),
 }
