@@ -107,7 +107,7 @@ lab_test! {
         let answers = |ip| -> Result<bool> {
             let mut arping = world.server.netns().command("arping");
             let output = arping
-                .args(["-0", "-c", "1", "-w", "1", "-I", NIC, &format!("{ip}")])
+                .args(["-c", "1", "-w", "1", "-I", NIC, &format!("{ip}")])
                 .output()?;
             Ok(output.status.success())
         };
@@ -188,7 +188,7 @@ fn kill_9_leaves_nothing() {
     let up = output
         .lines()
         .map_while(Result::ok)
-        .any(|line| line == "UP");
+        .any(|line| line.ends_with("UP"));
     assert!(up, "the lab did not come up");
     let alive = marked(&mark);
     assert!(alive.len() >= 3, "a test that could not fail: {alive:?}");
