@@ -138,6 +138,25 @@ impl Setup {
         Ok(command)
     }
 
+    /// The command line without the lab's own paths, for people.
+    pub fn shown(&self) -> String {
+        let mut words = vec!["dhcp-reclaim run".to_owned()];
+        let mut args = self.args.iter().map(|arg| arg.to_string_lossy());
+        while let Some(arg) = args.next() {
+            if arg == "--bpffs" {
+                args.next();
+                continue;
+            }
+            words.push(arg.into_owned());
+        }
+        words.join(" ")
+    }
+
+    /// Where the agent's output goes.
+    pub fn log(&self) -> PathBuf {
+        Path::new(DIR).join(format!("{}.log", self.name))
+    }
+
     /// Starts the agent and waits until it answers.
     pub fn start(&self) -> Result<Agent> {
         let mut process = self.spawn()?;
@@ -197,6 +216,22 @@ impl Agent {
 
     pub fn events(&self) -> Vec<Event> {
         self.events.lock().clone()
+    }
+
+    /// The event after the first `seen` ones.
+    pub fn next_event(&self, seen: usize, timeout: Duration) -> Option<Event> {
+        let deadline = Deadline::after(timeout);
+        let mut events = self.events.lock();
+        while events.len() <= seen && !deadline.passed() {
+            events = self
+                .events
+                .shared
+                .more
+                .wait_timeout(events, deadline.left())
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        events.get(seen).cloned()
     }
 
     /// Waits for an event, also one of the past.

@@ -90,6 +90,11 @@ impl NetNs {
         })
     }
 
+    /// Its descriptor's number in this process.
+    pub fn fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+
     /// A path under which other processes of the sandbox find it.
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())

@@ -8,7 +8,7 @@ use std::{
     ffi::{CString, OsStr, OsString},
     fs,
     os::{
-        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::{ffi::OsStrExt as _, process::ExitStatusExt as _},
     },
     path::{Path, PathBuf},
@@ -110,7 +110,7 @@ impl Sandbox {
     }
 
     /// Readable once the sandbox has ended.
-    pub fn as_fd(&self) -> impl AsFd + '_ {
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
 
@@ -381,7 +381,8 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
         .collect()
 }
 
-fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
+/// A descriptor that means this process, also once its number belongs to another.
+pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
     // SAFETY: takes and returns integers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
     let fd = Errno::result(fd).context("pidfd_open")?;

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
     fixture::{BRIDGE, NIC, SERVER_IP, pool_ip, vm_mac},
     lab_test,
-    sandbox::MARK,
+    sandbox::{MARK, foreign},
     server::{Place, ServerKind},
     vm::{Client, KillKind},
     watch,
@@ -105,9 +105,9 @@ lab_test! {
             vm.ping(SERVER_IP)?;
         }
         let answers = |ip| -> Result<bool> {
-            let mut arping = world.server.netns().command("arping");
-            let output = arping
-                .args(["-c", "1", "-w", "1", "-I", NIC, &format!("{ip}")])
+            let mut busybox = world.server.netns().command(foreign("busybox")?);
+            let output = busybox
+                .args(["arping", "-c", "1", "-w", "1", "-I", NIC, &format!("{ip}")])
                 .output()?;
             Ok(output.status.success())
         };
