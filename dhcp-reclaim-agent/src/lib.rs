@@ -1,4 +1,10 @@
 //! The userspace half of dhcp-reclaim. ARCHITECTURE.md draws the road that a packet takes through
 //! these rooms; `agent` is the loop that joins them.
 
+pub mod clock;
+pub mod config;
 pub mod core;
+pub mod emit;
+pub mod kernel;
+pub mod packet;
+pub mod ports;

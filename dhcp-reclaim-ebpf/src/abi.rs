@@ -119,7 +119,13 @@ pub const ANOMALY_STACKED_TAGS: u16 = 1 << 7;
 /// `htype` or `hlen` is not Ethernet's.
 pub const ANOMALY_HARDWARE_TYPE: u16 = 1 << 8;
 
-/// What the kernel half knows of a port; written by the agent but for the fields marked *kernel*.
+/// What the kernel half knows of a port: one cache line, since each incoming frame reads it. The map
+/// can be mapped into memory, and the agent stores its fields there one by one: an update through
+/// the system call would write all 64 bytes, and undo what the kernel half stored meanwhile.
+///
+/// Fields marked *kernel* may be written on several CPUs at once, without locks. The stores are
+/// aligned words, so none is torn; what a race loses is one token, one of `pending` (the answer then
+/// counts as unasked: a reclaim missed) or a step of `lost`, which still changes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct PortSlot {
@@ -131,11 +137,11 @@ pub struct PortSlot {
     pub seen_epoch: u32,
     /// *kernel*: records of this port that found no room or no token.
     pub lost: u32,
-    /// *kernel*: nanoseconds (`CLOCK_MONOTONIC`) when `tokens` was last filled.
+    /// *kernel*: nanoseconds (`CLOCK_MONOTONIC`) when `tokens` was last filled; zero: never.
     pub tokens_ns: u64,
     /// *kernel*: DHCP records that this port may push now.
     pub tokens: u32,
-    /// Records a second, and the depth of the bucket; zero is no limit.
+    /// Records a second, and the depth of the bucket; a zero rate is no limit.
     pub rate: u16,
     pub burst: u16,
     /// `ROLE_*`.
@@ -148,6 +154,69 @@ pub struct PortSlot {
     /// *kernel*: xids of the port's open REQUESTs; only an answer to one of them is a record.
     pub pending: [[u8; 4]; PENDING_PER_PORT],
     pub reserved2: [u8; 4],
+}
+
+impl PortSlot {
+    /// Takes one token of the port's bucket at `now_ns`; false when it is empty.
+    #[inline(always)]
+    pub fn take_token(&mut self, now_ns: u64) -> bool {
+        const SECOND: u64 = 1_000_000_000;
+        // Long enough to fill any bucket, short enough for the product below.
+        const IDLE_MAX: u64 = u16::MAX as u64 * SECOND;
+
+        let rate = u64::from(self.rate);
+        if rate == 0 {
+            return true;
+        }
+        let burst = u64::from(self.burst);
+        let idle = now_ns.saturating_sub(self.tokens_ns);
+        let mut tokens = u64::from(self.tokens);
+        if self.tokens_ns == 0 || idle > IDLE_MAX {
+            tokens = burst;
+            self.tokens_ns = now_ns;
+        } else {
+            let earned = idle * rate / SECOND;
+            if earned != 0 {
+                tokens += earned;
+                self.tokens_ns += earned * SECOND / rate;
+            }
+            if tokens > burst {
+                tokens = burst;
+            }
+        }
+        let granted = tokens != 0;
+        if granted {
+            tokens -= 1;
+        }
+        self.tokens = tokens as u32;
+        granted
+    }
+
+    /// Keeps the xid of a REQUEST, so that its answer is heard; the oldest makes room.
+    #[inline(always)]
+    pub fn remember(&mut self, xid: [u8; 4]) {
+        if self.asked(xid) {
+            return;
+        }
+        let mut next = self.pending_next as usize;
+        if next >= PENDING_PER_PORT {
+            next = 0;
+        }
+        self.pending[next] = xid;
+        self.pending_next = next as u8 + 1;
+    }
+
+    /// Whether a REQUEST with this xid is remembered.
+    #[inline(always)]
+    pub fn asked(&self, xid: [u8; 4]) -> bool {
+        let mut found = false;
+        let mut i = 0;
+        while i < PENDING_PER_PORT {
+            found |= u32::from_ne_bytes(self.pending[i]) == u32::from_ne_bytes(xid);
+            i += 1;
+        }
+        found
+    }
 }
 
 /// What is watched: an IPv4 address or a MAC on one VLAN of one segment.
@@ -169,21 +238,61 @@ pub const WATCH_IP: u8 = 4;
 pub const WATCH_MAC: u8 = 6;
 
 /// The exact tier of WATCH: when an address was last the *source* of a frame (Ethernet source, or
-/// IPv4 source, or ARP sender), and where. Written by the kernel half but for `own_port`.
+/// IPv4 source, or ARP sender), and behind which two ports of the segment. Only the kernel half
+/// writes it, and which of the ports is the binding's own is for the reader to say: so the agent
+/// never has to rewrite an entry, and no sighting can fall between its reading and its writing.
+///
+/// The older of the two makes room for a third port, so the latest sighting is always there,
+/// whatever guests pretend. CPUs that race here replace one fresh sighting by another as fresh.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 pub struct WatchValue {
-    /// `CLOCK_MONOTONIC` ns of the latest frame that came in by `own_port`; zero: none yet.
-    pub own_ns: u64,
-    /// The same for every other watched port of the segment.
-    pub other_ns: u64,
-    /// Port of the binding, by the agent; zero when the port is gone.
-    pub own_port: u32,
-    /// Port of the frame in `other_ns`.
-    pub other_port: u32,
+    /// `CLOCK_MONOTONIC` ns of the latest frame that came in by `ports[i]`; zero: none yet.
+    pub seen_ns: [u64; 2],
+    /// Interface indexes; zero: none yet.
+    pub ports: [u32; 2],
     /// Ethernet source of the latest frame, from whichever port.
     pub mac: [u8; 6],
     pub reserved: [u8; 2],
+}
+
+impl WatchValue {
+    /// Notes a frame from `mac` by `port`.
+    #[inline(always)]
+    pub fn note(&mut self, port: u32, now_ns: u64, mac: [u8; 6]) {
+        let first = self.ports[0] == port
+            || (self.ports[1] != port && self.seen_ns[0] <= self.seen_ns[1]);
+        if first {
+            self.ports[0] = port;
+            self.seen_ns[0] = now_ns;
+        } else {
+            self.ports[1] = port;
+            self.seen_ns[1] = now_ns;
+        }
+        self.mac = mac;
+    }
+
+    /// The latest sighting behind any port; zero: none.
+    #[inline(always)]
+    pub fn latest_ns(&self) -> u64 {
+        if self.seen_ns[0] > self.seen_ns[1] { self.seen_ns[0] } else { self.seen_ns[1] }
+    }
+
+    /// The latest sighting behind `port`.
+    pub fn seen_at(&self, port: u32) -> Option<u64> {
+        let at = self.ports.iter().position(|&other| other == port)?;
+        (self.seen_ns[at] != 0).then_some(self.seen_ns[at])
+    }
+
+    /// The latest sighting behind any other port than `own` (zero for none), and that port.
+    pub fn seen_elsewhere(&self, own: u32) -> Option<(u64, u32)> {
+        (0..2)
+            .filter(|&i| self.seen_ns[i] != 0 && self.ports[i] != own)
+            .map(|i| (self.seen_ns[i], self.ports[i]))
+            .max()
+    }
 }
 
 /// One RELEASE between decision and wire. Key of `ORDERS`: its xid.
@@ -295,3 +404,109 @@ const _: () = {
     assert!(size_of::<EmitOrder>() == 48);
     assert!(PORT_SLOTS.is_power_of_two());
 };
+
+#[cfg(test)]
+mod tests {
+    use core::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn layouts_are_locked() {
+        assert_eq!(
+            [
+                offset_of!(Record, seen_ns),
+                offset_of!(Record, ifindex),
+                offset_of!(Record, direction),
+                offset_of!(Record, vlan),
+                offset_of!(Record, present),
+                offset_of!(Record, anomalies),
+                offset_of!(Record, source_mac),
+                offset_of!(Record, source_ip),
+                offset_of!(Record, op),
+                offset_of!(Record, xid),
+                offset_of!(Record, chaddr),
+                offset_of!(Record, requested_ip),
+                offset_of!(Record, client_id_len),
+                offset_of!(Record, client_id),
+            ],
+            [0, 8, 16, 18, 20, 22, 24, 36, 44, 48, 64, 76, 96, 97]
+        );
+        assert_eq!(
+            [
+                offset_of!(PortSlot, ifindex),
+                offset_of!(PortSlot, segment),
+                offset_of!(PortSlot, seen_epoch),
+                offset_of!(PortSlot, lost),
+                offset_of!(PortSlot, tokens_ns),
+                offset_of!(PortSlot, tokens),
+                offset_of!(PortSlot, rate),
+                offset_of!(PortSlot, burst),
+                offset_of!(PortSlot, role),
+                offset_of!(PortSlot, exact),
+                offset_of!(PortSlot, pending_next),
+                offset_of!(PortSlot, pending),
+            ],
+            [0, 4, 8, 12, 16, 24, 28, 30, 32, 33, 34, 36]
+        );
+        assert_eq!(
+            [
+                offset_of!(WatchKey, segment),
+                offset_of!(WatchKey, vlan),
+                offset_of!(WatchKey, kind),
+                offset_of!(WatchKey, address),
+                offset_of!(WatchValue, ports),
+                offset_of!(WatchValue, mac),
+                offset_of!(EmitOrder, ip),
+                offset_of!(EmitOrder, mac),
+                offset_of!(EmitOrder, ifindex),
+                offset_of!(EmitOrder, verdict),
+            ],
+            [0, 4, 6, 8, 16, 24, 8, 24, 40, 45]
+        );
+    }
+
+    #[test]
+    fn counters_are_numbered_in_order() {
+        for (index, counter) in Counter::ALL.into_iter().enumerate() {
+            assert_eq!(counter as usize, index);
+        }
+    }
+
+    #[test]
+    fn a_bucket_gives_its_burst_and_then_its_rate() {
+        let mut slot = PortSlot { rate: 10, burst: 3, ..PortSlot::new_zeroed() };
+        let start = 5_000_000_000;
+        assert_eq!([(); 4].map(|()| slot.take_token(start)), [true, true, true, false]);
+        assert!(!slot.take_token(start + 99_999_999));
+        assert!(slot.take_token(start + 100_000_000));
+        assert!(!slot.take_token(start + 100_000_000));
+        assert!(slot.take_token(u64::MAX), "idle for ages");
+        assert_eq!(slot.tokens, 2);
+    }
+
+    #[test]
+    fn the_oldest_transaction_makes_room() {
+        let mut slot = PortSlot::new_zeroed();
+        for xid in 1..=7_u32 {
+            slot.remember(xid.to_be_bytes());
+            slot.remember(xid.to_be_bytes());
+        }
+        assert!(!slot.asked(1_u32.to_be_bytes()));
+        assert!((2..=7_u32).all(|xid| slot.asked(xid.to_be_bytes())));
+    }
+
+    #[test]
+    fn a_watch_keeps_the_latest_and_tells_ports_apart() {
+        let mut value = WatchValue::default();
+        assert_eq!((value.seen_at(1), value.seen_elsewhere(1)), (None, None));
+        value.note(1, 10, [1; 6]);
+        value.note(2, 20, [2; 6]);
+        value.note(1, 30, [1; 6]);
+        assert_eq!((value.seen_at(1), value.seen_elsewhere(1)), (Some(30), Some((20, 2))));
+        value.note(3, 40, [3; 6]);
+        assert_eq!((value.seen_at(1), value.seen_elsewhere(1)), (Some(30), Some((40, 3))));
+        assert_eq!((value.latest_ns(), value.mac), (40, [3; 6]));
+        assert_eq!(value.seen_elsewhere(0), Some((40, 3)), "no own port: any counts");
+    }
+}

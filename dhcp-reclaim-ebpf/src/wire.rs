@@ -1,1 +1,469 @@
-//! `classify()`: from a frame to a [`Record`](crate::abi::Record).
+//! `classify()`: from a frame to a [`Record`](crate::abi::Record), and who wants to hear of it.
+//!
+//! Frames are hostile. Every read of the frame is masked into the buffer, so nothing here can panic
+//! or leave it, and the verifier sees that; every loop has a constant bound. What was read lives in
+//! memory (`Walk`, `Record`), not in variables: the verifier tracks each variable's possible values
+//! along every path, but takes what comes from a map for unknown, and so many paths become one.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::abi::{
+    ANOMALY_DUPLICATE, ANOMALY_FRAGMENT, ANOMALY_HARDWARE_TYPE, ANOMALY_LENGTHS, ANOMALY_NO_END,
+    ANOMALY_OPTION_LENGTH, ANOMALY_OVERRUN, ANOMALY_STACKED_TAGS, ANOMALY_TOO_MANY, CLIENT_ID_MAX,
+    DIRECTION_FROM_PORT, PRESENT_CLIENT_ID, PRESENT_LEASE_TIME, PRESENT_MESSAGE_TYPE,
+    PRESENT_RAPID_COMMIT, PRESENT_REBINDING_TIME, PRESENT_RELAY_AGENT, PRESENT_RENEWAL_TIME,
+    PRESENT_REQUESTED_IP, PRESENT_SERVER_ID, ROLE_UPLINK, ROLE_VM, Record,
+};
+
+#[cfg(any(test, feature = "vectors"))]
+pub mod vectors;
+
+/// Bytes of a frame that are looked at; the rest of a longer one is reported as an anomaly, unless
+/// its options end before.
+pub const FRAME_MAX: usize = 2048;
+/// Bytes that [`candidate`] needs: up to the UDP ports behind two VLAN tags. A shorter frame holds
+/// no BOOTP message.
+pub const HEAD: usize = 46;
+
+const MASK: usize = FRAME_MAX - 1;
+/// Options, pads and ends that one message may have.
+const STEPS_MAX: u32 = 96;
+
+const ETHERTYPE: usize = 12;
+const IPV4: u16 = 0x0800;
+const ARP: u16 = 0x0806;
+const VLAN: u16 = 0x8100;
+const VLAN_SERVICE: u16 = 0x88a8;
+const VLAN_OLD_QINQ: u16 = 0x9100;
+const VLAN_ID: u16 = 0x0fff;
+const UDP: u8 = 17;
+
+/// RFC 951 and 2131: where things are in a BOOTP message.
+const SNAME: u32 = 44;
+const FILE: u32 = 108;
+const COOKIE: u32 = 236;
+const OPTIONS: u32 = 240;
+const MAGIC: u32 = 0x6382_5363;
+
+pub const DISCOVER: u8 = 1;
+pub const REQUEST: u8 = 3;
+pub const DECLINE: u8 = 4;
+pub const ACK: u8 = 5;
+pub const NAK: u8 = 6;
+pub const RELEASE: u8 = 7;
+
+/// The VLAN tag that the kernel took off the frame already; a zero `protocol` is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tag {
+    /// TPID, host order.
+    pub protocol: u16,
+    /// TCI, host order.
+    pub tci: u16,
+}
+
+impl Tag {
+    pub const NONE: Self = Self { protocol: 0, tci: 0 };
+}
+
+/// What a frame turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nothing that a DHCP server or client reads.
+    Other,
+    /// To UDP 67 or 68, but shorter than its headers claim.
+    Truncated,
+    /// To UDP 67 or 68, but not BOOTP with the DHCP cookie.
+    NotDhcp,
+    /// A DHCP message; the record holds it.
+    Message,
+}
+
+/// Who wants to hear of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    Nobody,
+    Push,
+    /// A question: push it, and keep its xid so that the answer is heard.
+    PushAndRemember,
+    /// An answer: push it if its xid is kept.
+    PushIfAsked,
+    /// A server's message from a VM.
+    Rogue,
+}
+
+/// State of the walk through the options. The caller keeps it next to the record.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Walk {
+    /// Start of the BOOTP message.
+    bootp: u32,
+    /// Next option.
+    at: u32,
+    /// End of the area that is walked.
+    limit: u32,
+    /// Bits of option 52 whose areas are still to be walked.
+    overload: u32,
+    overloaded: u32,
+    client_id: u32,
+    /// The message is longer than the buffer.
+    cut: u32,
+}
+
+/// Cheap first test: whether the frame may be a DHCP message. May say yes too often, never no.
+#[inline(always)]
+pub fn candidate(head: &[u8; HEAD]) -> bool {
+    match u16::from_be_bytes([head[12], head[13]]) {
+        IPV4 => to_dhcp(head[14], head[23], [head[36], head[37]]),
+        VLAN | VLAN_SERVICE | VLAN_OLD_QINQ => match u16::from_be_bytes([head[16], head[17]]) {
+            IPV4 => to_dhcp(head[18], head[27], [head[40], head[41]]),
+            VLAN | VLAN_SERVICE | VLAN_OLD_QINQ => head[20] == 8 && head[21] == 0 && head[31] == UDP,
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// The destination decides, since that is what a server binds to; a client may send from any port.
+#[inline(always)]
+fn to_dhcp(version_ihl: u8, protocol: u8, destination: [u8; 2]) -> bool {
+    protocol == UDP
+        && (version_ihl != 0x45 || matches!(u16::from_be_bytes(destination), 67 | 68))
+}
+
+/// Where the sources of a frame are: for the exact tier of WATCH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// Network order.
+    pub vlan: [u8; 2],
+    pub mac: [u8; 6],
+    /// Offset of the IPv4 source or ARP sender address; zero when there is none.
+    pub ip_at: u32,
+}
+
+/// Bytes that [`sources`] needs: any Ethernet frame with one tag.
+pub const SOURCES_HEAD: usize = 18;
+
+/// `head` may be filled up with zeros when the frame is shorter.
+#[inline(always)]
+pub fn sources(head: &[u8; SOURCES_HEAD], tag: Tag) -> Sources {
+    let mut ethertype = u16::from_be_bytes([head[12], head[13]]);
+    let mut vlan = tag.tci & VLAN_ID;
+    let mut l3 = 14;
+    if ethertype == VLAN || ethertype == VLAN_SERVICE {
+        if tag.protocol == 0 {
+            vlan = u16::from_be_bytes([head[14], head[15]]) & VLAN_ID;
+        }
+        ethertype = u16::from_be_bytes([head[16], head[17]]);
+        l3 = 18;
+    }
+    let ip_at = match ethertype {
+        IPV4 => l3 + 12,
+        ARP => l3 + 14,
+        _ => 0,
+    };
+    let mac = [head[6], head[7], head[8], head[9], head[10], head[11]];
+    Sources { vlan: vlan.to_be_bytes(), mac, ip_at }
+}
+
+/// Reads the frame of `len` bytes, of which the buffer holds the first [`FRAME_MAX`]; what lies
+/// behind them in the buffer is never read. `record` must come zeroed: only what the message holds
+/// is written.
+///
+/// UDP checksums are not looked at: virtio leaves them unfinished.
+#[inline(always)]
+pub fn classify(
+    frame: &[u8; FRAME_MAX],
+    len: u32,
+    tag: Tag,
+    walk: &mut Walk,
+    record: &mut Record,
+) -> Outcome {
+    if len < HEAD as u32 {
+        return Outcome::Other;
+    }
+    let mut ethertype = half(frame, ETHERTYPE as u32);
+    let mut vlan = tag.tci & VLAN_ID;
+    let mut anomalies = 0;
+    let mut l3 = 14;
+    if tag.protocol != 0 && tag.protocol != VLAN {
+        anomalies |= ANOMALY_STACKED_TAGS;
+    }
+    if is_tag(ethertype) {
+        if tag.protocol != 0 || ethertype != VLAN {
+            anomalies |= ANOMALY_STACKED_TAGS;
+        }
+        if tag.protocol == 0 {
+            vlan = half(frame, 14) & VLAN_ID;
+        }
+        ethertype = half(frame, 16);
+        l3 = 18;
+        if is_tag(ethertype) {
+            anomalies |= ANOMALY_STACKED_TAGS;
+            ethertype = half(frame, 20);
+            l3 = 22;
+        }
+    }
+    if ethertype != IPV4 {
+        return Outcome::Other;
+    }
+
+    let version_ihl = byte(frame, l3);
+    let header = u32::from(version_ihl & 0x0f) * 4;
+    if version_ihl >> 4 != 4 || header < 20 || byte(frame, l3 + 9) != UDP {
+        return Outcome::Other;
+    }
+    let fragment = half(frame, l3 + 6);
+    if fragment & 0x1fff != 0 {
+        return Outcome::Other;
+    }
+    let udp = l3 + header;
+    let bootp = udp + 8;
+    if bootp > len {
+        return Outcome::Truncated;
+    }
+    let destination = half(frame, udp + 2);
+    if destination != 67 && destination != 68 {
+        return Outcome::Other;
+    }
+    let total = u32::from(half(frame, l3 + 2));
+    let datagram = u32::from(half(frame, udp + 4));
+    if l3 + total > len || total < header + 8 || datagram < 8 {
+        return Outcome::Truncated;
+    }
+    let mut end = l3 + total;
+    if fragment & 0x2000 != 0 {
+        anomalies |= ANOMALY_FRAGMENT;
+    } else if header + datagram != total {
+        anomalies |= ANOMALY_LENGTHS;
+        if udp + datagram < end {
+            end = udp + datagram;
+        }
+    }
+    if bootp + OPTIONS > end {
+        return Outcome::NotDhcp;
+    }
+    let op = byte(frame, bootp);
+    if (op != 1 && op != 2) || word(frame, bootp + COOKIE) != MAGIC.to_be_bytes() {
+        return Outcome::NotDhcp;
+    }
+    if byte(frame, bootp + 1) != 1 || byte(frame, bootp + 2) != 6 {
+        anomalies |= ANOMALY_HARDWARE_TYPE;
+    }
+
+    record.vlan = vlan.to_be_bytes();
+    record.anomalies = anomalies;
+    record.destination_mac = mac(frame, 0);
+    record.source_mac = mac(frame, 6);
+    record.source_ip = word(frame, l3 + 12);
+    record.destination_ip = word(frame, l3 + 16);
+    record.source_port = half(frame, udp).to_be_bytes();
+    record.destination_port = destination.to_be_bytes();
+    record.op = op;
+    record.xid = word(frame, bootp + 4);
+    record.flags = half(frame, bootp + 10).to_be_bytes();
+    record.ciaddr = word(frame, bootp + 12);
+    record.yiaddr = word(frame, bootp + 16);
+    record.giaddr = word(frame, bootp + 24);
+    record.chaddr = mac(frame, bootp + 28);
+
+    walk.bootp = bootp;
+    walk.at = bootp + OPTIONS;
+    walk.cut = u32::from(end > FRAME_MAX as u32);
+    walk.limit = if end > FRAME_MAX as u32 { FRAME_MAX as u32 } else { end };
+    walk.overload = 0;
+    walk.overloaded = 0;
+    walk.client_id = 0;
+    let mut done = false;
+    let mut steps = 0;
+    while steps < STEPS_MAX {
+        if !step(frame, walk, record) {
+            done = true;
+            break;
+        }
+        steps += 1;
+    }
+    if !done {
+        record.anomalies |= ANOMALY_TOO_MANY;
+    }
+    copy_client_id(frame, walk.client_id, record);
+    Outcome::Message
+}
+
+/// What becomes of a message, by whose port it passes and which way.
+#[inline(always)]
+pub fn interest(role: u8, direction: u8, record: &Record) -> Interest {
+    // The type may be what the anomaly hides.
+    let strange = record.anomalies != 0;
+    let kind = record.message_type;
+    if direction != DIRECTION_FROM_PORT {
+        let answer = record.op == 2 && (kind == ACK || kind == NAK || strange);
+        return if role == ROLE_VM && answer { Interest::PushIfAsked } else { Interest::Nobody };
+    }
+    if role == ROLE_UPLINK {
+        let wanted = kind == REQUEST || kind == ACK || kind == NAK || strange;
+        return if wanted { Interest::Push } else { Interest::Nobody };
+    }
+    if role != ROLE_VM {
+        return Interest::Nobody;
+    }
+    if record.op == 2 || u16::from_be_bytes(record.source_port) == 67 {
+        return Interest::Rogue;
+    }
+    if kind == REQUEST
+        || strange
+        || (kind == DISCOVER && record.present & PRESENT_RAPID_COMMIT != 0)
+    {
+        return Interest::PushAndRemember;
+    }
+    if kind == DECLINE || kind == RELEASE {
+        return Interest::Push;
+    }
+    Interest::Nobody
+}
+
+/// One option; false when there is no more.
+#[inline(always)]
+fn step(frame: &[u8; FRAME_MAX], walk: &mut Walk, record: &mut Record) -> bool {
+    // Masked at once: all ways into the next step look alike to the verifier.
+    let at = walk.at & MASK as u32;
+    let limit = walk.limit;
+    if walk.at >= limit {
+        record.anomalies |= if walk.cut != 0 { ANOMALY_TOO_MANY } else { ANOMALY_NO_END };
+        return next_area(walk);
+    }
+    let code = byte(frame, at);
+    if code == 0 {
+        walk.at = at + 1;
+        return true;
+    }
+    if code == 255 {
+        return next_area(walk);
+    }
+    if at + 2 > limit {
+        record.anomalies |= ANOMALY_OVERRUN;
+        return next_area(walk);
+    }
+    let len = byte(frame, at + 1);
+    let data = at + 2;
+    let next = data + u32::from(len);
+    if next > limit {
+        record.anomalies |= if walk.cut != 0 { ANOMALY_TOO_MANY } else { ANOMALY_OVERRUN };
+        return next_area(walk);
+    }
+    walk.at = next;
+
+    let (bit, fits) = match code {
+        50 => (PRESENT_REQUESTED_IP, len == 4),
+        51 => (PRESENT_LEASE_TIME, len == 4),
+        52 => {
+            overload(walk, record, len, byte(frame, data));
+            return true;
+        }
+        53 => (PRESENT_MESSAGE_TYPE, len == 1),
+        54 => (PRESENT_SERVER_ID, len == 4),
+        58 => (PRESENT_RENEWAL_TIME, len == 4),
+        59 => (PRESENT_REBINDING_TIME, len == 4),
+        // RFC 2132 section 9.14: two bytes at least.
+        61 => (PRESENT_CLIENT_ID, len >= 2),
+        80 => (PRESENT_RAPID_COMMIT, len == 0),
+        82 => (PRESENT_RELAY_AGENT, len != 0),
+        _ => return true,
+    };
+    if !fits {
+        record.anomalies |= ANOMALY_OPTION_LENGTH;
+        return true;
+    }
+    if record.present & bit != 0 {
+        record.anomalies |= ANOMALY_DUPLICATE;
+        return true;
+    }
+    record.present |= bit;
+    match code {
+        50 => record.requested_ip = word(frame, data),
+        51 => record.lease_time = word(frame, data),
+        53 => record.message_type = byte(frame, data),
+        54 => record.server_id = word(frame, data),
+        58 => record.renewal_time = word(frame, data),
+        59 => record.rebinding_time = word(frame, data),
+        61 => {
+            walk.client_id = data;
+            record.client_id_len = len;
+        }
+        _ => {}
+    }
+    true
+}
+
+/// Option 52 (RFC 2132 section 9.3).
+#[inline(always)]
+fn overload(walk: &mut Walk, record: &mut Record, len: u8, value: u8) {
+    if len != 1 || value == 0 || value > 3 {
+        record.anomalies |= ANOMALY_OPTION_LENGTH;
+    } else if walk.overloaded != 0 {
+        record.anomalies |= ANOMALY_DUPLICATE;
+    } else {
+        walk.overloaded = 1;
+        walk.overload = u32::from(value);
+    }
+}
+
+/// RFC 2131 section 4.1: the options first, then `file`, then `sname`.
+#[inline(always)]
+fn next_area(walk: &mut Walk) -> bool {
+    let overload = walk.overload;
+    let bootp = walk.bootp;
+    walk.cut = 0;
+    if overload & 1 != 0 {
+        walk.overload = overload & 2;
+        walk.at = bootp + FILE;
+        walk.limit = bootp + COOKIE;
+        return true;
+    }
+    if overload & 2 != 0 {
+        walk.overload = 0;
+        walk.at = bootp + SNAME;
+        walk.limit = bootp + FILE;
+        return true;
+    }
+    false
+}
+
+/// Once, after the walk: a loop within its loop would cost the verifier their product.
+#[inline(always)]
+fn copy_client_id(frame: &[u8; FRAME_MAX], from: u32, record: &mut Record) {
+    let len = record.client_id_len as usize;
+    let mut i = 0;
+    while i < CLIENT_ID_MAX {
+        if i >= len {
+            break;
+        }
+        record.client_id[i] = byte(frame, from + i as u32);
+        i += 1;
+    }
+}
+
+#[inline(always)]
+fn is_tag(ethertype: u16) -> bool {
+    ethertype == VLAN || ethertype == VLAN_SERVICE || ethertype == VLAN_OLD_QINQ
+}
+
+#[inline(always)]
+fn byte(frame: &[u8; FRAME_MAX], at: u32) -> u8 {
+    frame[at as usize & MASK]
+}
+
+#[inline(always)]
+fn half(frame: &[u8; FRAME_MAX], at: u32) -> u16 {
+    u16::from_be_bytes([byte(frame, at), byte(frame, at + 1)])
+}
+
+#[inline(always)]
+fn word(frame: &[u8; FRAME_MAX], at: u32) -> [u8; 4] {
+    [byte(frame, at), byte(frame, at + 1), byte(frame, at + 2), byte(frame, at + 3)]
+}
+
+#[inline(always)]
+fn mac(frame: &[u8; FRAME_MAX], at: u32) -> [u8; 6] {
+    let [a, b, c, d] = word(frame, at);
+    [a, b, c, d, byte(frame, at + 4), byte(frame, at + 5)]
+}

@@ -3,6 +3,15 @@
 
 #![forbid(unsafe_code)]
 
+pub mod binding;
+pub mod engine;
+pub mod gates;
+pub mod limits;
+pub mod policy;
+#[cfg(test)]
+mod tests;
 pub mod types;
 
+pub use engine::Engine;
+pub use policy::{Commit, Policy};
 pub use types::*;

@@ -102,8 +102,12 @@ impl<'de> Deserialize<'de> for MacAddr {
     }
 }
 
-/// Interface index of a port or a bridge, in the agent's network namespace.
+/// Interface index of a port, in the agent's network namespace.
 pub type IfIndex = u32;
+
+/// A bridge, or what stands in for one. The agent gives each bridge name a number of its own, so
+/// that a bridge that is deleted and made again is the same segment.
+pub type SegmentId = u32;
 
 /// VLAN identifier; zero is untagged.
 pub type Vlan = u16;
@@ -111,7 +115,7 @@ pub type Vlan = u16;
 /// What a lease belongs to: one address on one VLAN of one segment (bridge).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
-    pub segment: IfIndex,
+    pub segment: SegmentId,
     pub vlan: Vlan,
     pub ip: Ipv4Addr,
 }
@@ -143,7 +147,7 @@ pub enum PortLoss {
 pub struct Port {
     pub ifindex: IfIndex,
     pub name: String,
-    pub segment: IfIndex,
+    pub segment: SegmentId,
     pub role: Role,
 }
 
@@ -204,11 +208,15 @@ pub struct Message {
 pub struct Evidence {
     /// Latest frame of the address or its MAC by its own port, since the watch was armed.
     pub own_at: Option<Time>,
+    /// The same, but of the address only: proof that the VM uses it.
+    pub address_at: Option<Time>,
     /// The same by any other port of the segment, and which.
     pub elsewhere: Option<(Time, IfIndex)>,
     /// Some frame came in by the binding's own port at or after this time (coarse: whose is not
     /// known).
     pub port_at: Option<Time>,
+    /// Some frame came in by an uplink of the segment at or after this time.
+    pub uplink_at: Option<Time>,
     /// The watch is armed: silence means something.
     pub armed: bool,
 }
@@ -219,7 +227,7 @@ pub enum ProbeVia {
     /// Out of the VM's own port: nobody else can answer.
     Port(IfIndex),
     /// Into the segment, to wherever the bridge knows the MAC: the port is gone.
-    Segment(IfIndex),
+    Segment(SegmentId),
 }
 
 /// A unicast ARP request (RFC 5227 probe: sender address 0.0.0.0).
@@ -234,7 +242,7 @@ pub struct Probe {
 /// All that a DHCPRELEASE needs (RFC 2131 table 5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Release {
-    pub segment: IfIndex,
+    pub segment: SegmentId,
     pub vlan: Vlan,
     /// The lease: `ciaddr`, and the IP source.
     pub ip: Ipv4Addr,
@@ -276,7 +284,7 @@ pub enum Event {
     /// Records of this port were lost: what we know of it may be old.
     RecordsLost {
         port: IfIndex,
-        total: u32,
+        count: u32,
     },
     /// The answer to [`Action::Look`].
     Evidence {
@@ -299,12 +307,14 @@ pub enum Event {
 /// the same key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Watch the address and its MAC exactly. `own_port` is `None` once the port is lost; then
-    /// every port of the segment is looked at.
+    /// Watch the address and its MAC exactly: at `own_port`, and at every port of the segment if
+    /// `everywhere`. `own_port` is `None` once the port is lost. Arming again changes the scope
+    /// and forgets nothing that was seen.
     Arm {
         key: Key,
         mac: MacAddr,
         own_port: Option<IfIndex>,
+        everywhere: bool,
     },
     Disarm {
         key: Key,
@@ -317,6 +327,10 @@ pub enum Action {
     },
     Probe {
         key: Key,
+        probe: Probe,
+    },
+    /// Ask the server whether the way to it is open; any frame on the uplink answers.
+    Control {
         probe: Probe,
     },
     Release {

@@ -1,0 +1,706 @@
+//! The loop: it owns the core, tells it what happened, and carries out what it wants.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::Ipv4Addr,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use dhcp_reclaim_ebpf::abi::{
+    EMIT_EGRESS, EMIT_INGRESS, EmitOrder, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_VETOED,
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tracing::{debug, error, info, trace, warn};
+
+use crate::{
+    clock,
+    config::Settings,
+    control::{ControlRequest, ControlServer, EventLog},
+    core::{
+        Action, Engine, Event, Evidence, IfIndex, Key, MacAddr, Notice, NoticeKind, Port, PortLoss,
+        Probe, ProbeVia, Release, ReleaseOutcome, Role, SegmentId, Time,
+    },
+    emit::{PacketSocket, PrivateLink},
+    kernel::{self, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
+    packet::{arp, release::release_frame},
+    ports::{PortEvent, PortWatcher, local_addresses},
+    view,
+};
+
+/// The coarse tier's clock: how finely "heard lately" is known.
+const EPOCH: Duration = Duration::from_secs(1);
+/// Epochs whose beginning is remembered: what was heard before counts as not heard.
+const EPOCHS: usize = 4096;
+/// Option 56 of every RELEASE: who sent it, for the server's log.
+const MESSAGE: &str = concat!("dhcp-reclaim ", env!("CARGO_PKG_VERSION"));
+
+/// Runs the agent until SIGTERM or SIGINT.
+pub fn run(settings: Settings) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?
+        .block_on(async { Agent::start(settings).await?.run().await })
+}
+
+struct Agent {
+    settings: Settings,
+    engine: Engine,
+    kernel: Kernel,
+    ring: RecordRing,
+    control: ControlServer,
+    ports: PortWatcher,
+    link: PrivateLink,
+    socket: PacketSocket,
+    log: EventLog,
+    segments: Segments,
+    /// Ports that are watched.
+    watched: BTreeMap<IfIndex, Watched>,
+    armed: Armed,
+    epochs: Epochs,
+    /// Somebody waits to hear the uplink: a new epoch tells old frames from new ones.
+    epoch_wanted: bool,
+    counters: Counters,
+    xids: Xids,
+}
+
+#[derive(Debug)]
+struct Watched {
+    port: Port,
+    lost: u32,
+}
+
+/// What the loop itself counts; the core and the kernel half have their own.
+#[derive(Debug, Default)]
+struct Counters {
+    malformed_records: u64,
+    probes_failed: u64,
+    controls_failed: u64,
+    watch_failures: u64,
+    arm_failures: u64,
+}
+
+impl Agent {
+    async fn start(settings: Settings) -> anyhow::Result<Self> {
+        // First, since it is what tells two agents apart.
+        let control = ControlServer::bind(&settings.control)?;
+        let mut kernel = Kernel::load(&LoadOptions {
+            bpffs: settings.bpffs.clone(),
+            hook: settings.hook.into(),
+            debug: tracing::enabled!(tracing::Level::TRACE),
+            ..LoadOptions::default()
+        })?;
+        kernel.clear_orders()?;
+        for key in kernel.armed()? {
+            kernel.disarm(&key)?;
+        }
+        let ring = kernel.ring()?;
+        let (connection, handle, _) =
+            rtnetlink::new_connection().context("cannot open a netlink socket")?;
+        tokio::spawn(connection);
+        let link = PrivateLink::create(&handle).await?;
+        kernel.attach_emit(link.ifindex())?;
+        let socket = PacketSocket::open()?;
+        let (present, ports) = PortWatcher::start(settings.port_rules()).await?;
+        let now = clock::monotonic();
+        let mut agent = Self {
+            engine: Engine::new(settings.policy(), now),
+            kernel,
+            ring,
+            control,
+            ports,
+            link,
+            socket,
+            log: EventLog::default(),
+            segments: Segments::new(&settings.bridges),
+            watched: BTreeMap::new(),
+            armed: Armed::default(),
+            epochs: Epochs::default(),
+            epoch_wanted: false,
+            counters: Counters::default(),
+            xids: Xids::default(),
+            settings,
+        };
+        agent.next_epoch();
+        for event in present {
+            agent.port_event(event).await;
+        }
+        let stale = agent.kernel.forget_unwatched()?;
+        if !stale.is_empty() {
+            info!(ports = stale.len(), "let go of ports that an earlier agent watched");
+        }
+        Ok(agent)
+    }
+
+    async fn run(mut self) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        let mut tick = interval(EPOCH);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        eprintln!(
+            "dhcp-reclaim: ready on {} ({} ports), control socket {}",
+            self.settings.bridges.join(", "),
+            self.watched.len(),
+            self.settings.control.display()
+        );
+        for bridge in self.segments.absent() {
+            warn!(bridge, "not there yet: waiting for it");
+        }
+        loop {
+            if std::mem::take(&mut self.epoch_wanted) {
+                self.next_epoch();
+            }
+            let wait = self
+                .engine
+                .poll_timeout()
+                .map_or(Duration::from_secs(3600), |at| at.since(clock::monotonic()));
+            tokio::select! {
+                // What happened comes before what is due because nothing happened.
+                biased;
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                event = self.ports.next() => self.port_event(event?).await,
+                records = self.ring.next_batch() => {
+                    for record in records? {
+                        self.record(&record).await;
+                    }
+                }
+                () = sleep(wait) => {
+                    self.drain().await;
+                    self.engine.handle_timeout(clock::monotonic());
+                    self.carry_out().await;
+                }
+                request = self.control.next() => self.answer(request),
+                _ = tick.tick() => self.tick().await,
+            }
+        }
+        info!("stopping");
+        self.kernel.unpin_all()?;
+        Ok(())
+    }
+
+    async fn tick(&mut self) {
+        self.next_epoch();
+        let ports: Vec<IfIndex> = self.watched.keys().copied().collect();
+        for port in ports {
+            self.check_lost(port).await;
+        }
+    }
+
+    fn next_epoch(&mut self) {
+        match self.kernel.advance_epoch() {
+            Ok(epoch) => self.epochs.begin(epoch, clock::monotonic()),
+            Err(error) => error!(%error, "cannot advance the epoch"),
+        }
+    }
+
+    // ---- what happened -----------------------------------------------------------------------
+
+    async fn tell(&mut self, event: Event) {
+        self.engine.handle(event, clock::monotonic());
+        self.carry_out().await;
+    }
+
+    async fn record(&mut self, record: &Record) {
+        match kernel::message(record) {
+            Ok(message) => {
+                trace!(?message, "record");
+                self.tell(Event::Message(message)).await;
+            }
+            Err(error) => {
+                self.counters.malformed_records += 1;
+                debug!(%error, ifindex = record.ifindex, "record refused");
+            }
+        }
+    }
+
+    /// Whatever the kernel half has seen by now is heard before anything is decided.
+    async fn drain(&mut self) {
+        loop {
+            let records = self.ring.take_now();
+            if records.is_empty() {
+                return;
+            }
+            for record in records {
+                Box::pin(self.record(&record)).await;
+            }
+        }
+    }
+
+    async fn port_event(&mut self, event: PortEvent) {
+        match event {
+            PortEvent::BridgeUp { ifindex, name, mac } => {
+                info!(bridge = name, ifindex, %mac, "bridge is there");
+                self.segments.up(ifindex, &name, mac);
+            }
+            PortEvent::BridgeMac { ifindex, mac } => self.segments.set_mac(ifindex, mac),
+            PortEvent::BridgeDown { ifindex, name } => {
+                warn!(bridge = name, ifindex, "bridge is gone: waiting for it");
+                self.segments.down(ifindex);
+            }
+            PortEvent::PortUp(port) => self.port_up(port).await,
+            PortEvent::PortDown { ifindex, loss } => self.port_down(ifindex, loss).await,
+            PortEvent::Resynced => {
+                warn!(resyncs = self.ports.resyncs(), "link messages were lost; all links read anew");
+            }
+        }
+    }
+
+    async fn port_up(&mut self, port: Port) {
+        let Some(segment) = self.segments.by_ifindex(port.segment) else {
+            return;
+        };
+        let port = Port { segment, ..port };
+        let (rate, burst) = match port.role {
+            Role::Vm => (self.settings.record_rate, self.settings.record_burst),
+            // Many hosts speak there.
+            Role::Uplink => (0, 0),
+        };
+        match self.kernel.watch(&port, rate, burst) {
+            Ok(hook) => debug!(port = port.name, role = ?port.role, hook = hook.name(), "watched"),
+            Err(error) => {
+                self.counters.watch_failures += 1;
+                warn!(port = port.name, error = %chain(&error), "cannot watch");
+                return;
+            }
+        }
+        let ifindex = port.ifindex;
+        let lost = self.kernel.port_lost(ifindex).unwrap_or(0);
+        self.watched.insert(ifindex, Watched { port: port.clone(), lost });
+        self.apply_exact(ifindex);
+        self.tell(Event::PortUp(port)).await;
+    }
+
+    async fn port_down(&mut self, ifindex: IfIndex, loss: PortLoss) {
+        // The last words of its VM are in the ring.
+        self.drain().await;
+        self.check_lost(ifindex).await;
+        match loss {
+            PortLoss::CarrierLost => {}
+            PortLoss::Deleted | PortLoss::Detached => {
+                self.kernel.unwatch(ifindex);
+                self.watched.remove(&ifindex);
+            }
+        }
+        self.tell(Event::PortDown { port: ifindex, loss }).await;
+    }
+
+    async fn check_lost(&mut self, ifindex: IfIndex) {
+        let Some(watched) = self.watched.get_mut(&ifindex) else {
+            return;
+        };
+        let Some(total) = self.kernel.port_lost(ifindex).filter(|total| *total != watched.lost) else {
+            return;
+        };
+        let lost = total.wrapping_sub(watched.lost);
+        watched.lost = total;
+        Box::pin(self.tell(Event::RecordsLost { port: ifindex, count: lost })).await;
+    }
+
+    // ---- what is to be done ------------------------------------------------------------------
+
+    async fn carry_out(&mut self) {
+        while let Some(action) = self.engine.poll_action() {
+            let answer = match action {
+                Action::Arm { key, mac, own_port, everywhere } => {
+                    self.arm(key, mac, own_port, everywhere);
+                    continue;
+                }
+                Action::Disarm { key, mac } => {
+                    self.disarm(key, mac);
+                    continue;
+                }
+                Action::Look { key, mac, own_port } => {
+                    if let Some(port) = own_port {
+                        self.check_lost(port).await;
+                    }
+                    Event::Evidence { key, evidence: self.look(key, mac, own_port) }
+                }
+                Action::Probe { key, probe } => {
+                    let sent = self.probe(&probe);
+                    self.counters.probes_failed += u64::from(!sent);
+                    Event::Probed { key, sent }
+                }
+                Action::Control { probe } => {
+                    self.counters.controls_failed += u64::from(!self.probe(&probe));
+                    continue;
+                }
+                Action::Release { key, release } => {
+                    let outcome = self.release(&release).await;
+                    Event::Released { key, outcome }
+                }
+                Action::Notify(notice) => {
+                    self.notify(notice);
+                    continue;
+                }
+            };
+            self.engine.handle(answer, clock::monotonic());
+        }
+    }
+
+    fn arm(&mut self, key: Key, mac: MacAddr, own_port: Option<IfIndex>, everywhere: bool) {
+        for watch in [watch_ip(key.segment, key.vlan, key.ip), watch_mac(key.segment, key.vlan, mac)] {
+            if let Err(error) = self.kernel.arm(&watch) {
+                // A look finds it unarmed, and so nothing is concluded from its silence.
+                self.counters.arm_failures += 1;
+                warn!(error = %chain(&error), "cannot watch an address");
+            }
+        }
+        let changed = self.armed.arm(key, mac, own_port, everywhere);
+        self.apply_scope(changed);
+        self.epoch_wanted |= everywhere;
+    }
+
+    fn disarm(&mut self, key: Key, mac: MacAddr) {
+        let (changed, mac_is_free) = self.armed.disarm(key, mac);
+        self.apply_scope(changed);
+        let ip = watch_ip(key.segment, key.vlan, key.ip);
+        let mac = mac_is_free.then(|| watch_mac(key.segment, key.vlan, mac));
+        for watch in [Some(ip), mac].into_iter().flatten() {
+            if let Err(error) = self.kernel.disarm(&watch) {
+                warn!(error = %chain(&error), "cannot stop watching an address");
+            }
+        }
+    }
+
+    fn apply_scope(&mut self, scope: Scope) {
+        if let Some(port) = scope.port {
+            self.apply_exact(port);
+        }
+        if let Some(segment) = scope.segment {
+            let ports: Vec<IfIndex> = self.watched.values()
+                .filter(|watched| watched.port.segment == segment)
+                .map(|watched| watched.port.ifindex)
+                .collect();
+            for port in ports {
+                self.apply_exact(port);
+            }
+        }
+    }
+
+    fn apply_exact(&mut self, port: IfIndex) {
+        if let Some(watched) = self.watched.get(&port) {
+            self.kernel.set_exact(port, self.armed.wants(port, watched.port.segment));
+        }
+    }
+
+    fn look(&self, key: Key, mac: MacAddr, own_port: Option<IfIndex>) -> Evidence {
+        let ip = self.kernel.watched(&watch_ip(key.segment, key.vlan, key.ip)).ok().flatten();
+        let mac = self.kernel.watched(&watch_mac(key.segment, key.vlan, mac)).ok().flatten();
+        let own = own_port.unwrap_or(0);
+        let values = [ip, mac];
+        let by_own = values.iter().flatten().filter_map(|value| value.seen_at(own)).max();
+        let elsewhere = values.iter().flatten().filter_map(|value| value.seen_elsewhere(own)).max();
+        let uplinks = self.watched.values().filter(|watched| {
+            watched.port.segment == key.segment && watched.port.role == Role::Uplink
+        });
+        Evidence {
+            own_at: by_own.map(Time::from_nanos),
+            address_at: ip.and_then(|value| value.seen_at(own)).map(Time::from_nanos),
+            elsewhere: elsewhere.map(|(at, port)| (Time::from_nanos(at), port)),
+            port_at: own_port.and_then(|port| self.heard(port)),
+            uplink_at: uplinks.filter_map(|watched| self.heard(watched.port.ifindex)).max(),
+            armed: ip.is_some() && mac.is_some(),
+        }
+    }
+
+    /// Since when something may have come in by the port, at the latest.
+    fn heard(&self, port: IfIndex) -> Option<Time> {
+        self.epochs.began(self.kernel.port_epoch(port)?)
+    }
+
+    fn probe(&self, probe: &Probe) -> bool {
+        let (port, segment) = match probe.via {
+            ProbeVia::Port(port) => (Some(port), self.watched.get(&port).map(|w| w.port.segment)),
+            ProbeVia::Segment(segment) => (None, Some(segment)),
+        };
+        let Some(bridge) = segment.and_then(|segment| self.segments.bridge(segment)) else {
+            return false;
+        };
+        let frame = arp::probe(bridge.mac, probe);
+        match self.socket.send_on(port.unwrap_or(bridge.ifindex), &frame) {
+            Ok(()) => true,
+            Err(error) => {
+                debug!(error = %chain(&error), "probe not sent");
+                false
+            }
+        }
+    }
+
+    async fn release(&mut self, release: &Release) -> ReleaseOutcome {
+        if self.settings.dry_run {
+            return ReleaseOutcome::DryRun;
+        }
+        let Some(bridge) = self.segments.bridge(release.segment) else {
+            return ReleaseOutcome::Failed;
+        };
+        let server_mac = match release.server_mac {
+            Some(mac) => mac,
+            None if is_local(bridge.ifindex, release.server).await => bridge.mac,
+            None => {
+                warn!(server = %release.server, "no frame of the server was seen: its MAC is not known");
+                return ReleaseOutcome::Failed;
+            }
+        };
+        let direction = if server_mac == bridge.mac { EMIT_INGRESS } else { EMIT_EGRESS };
+        let xid = self.xids.draw();
+        let order = EmitOrder {
+            silent_since_ns: release.silent_since.as_nanos(),
+            ip: watch_ip(release.segment, release.vlan, release.ip),
+            mac: watch_mac(release.segment, release.vlan, release.chaddr),
+            ifindex: bridge.ifindex,
+            direction,
+            verdict: VERDICT_NONE,
+            vlan: release.vlan.to_be_bytes(),
+        };
+        match self.send(release, server_mac, xid, &order) {
+            Ok(VERDICT_SENT) => ReleaseOutcome::Sent,
+            Ok(VERDICT_VETOED) => ReleaseOutcome::Vetoed,
+            Ok(verdict) => {
+                warn!(ip = %release.ip, verdict, "RELEASE did not pass the emit program");
+                ReleaseOutcome::Failed
+            }
+            Err(error) => {
+                warn!(ip = %release.ip, error = format!("{error:#}"), "RELEASE not sent");
+                ReleaseOutcome::Failed
+            }
+        }
+    }
+
+    fn send(
+        &mut self,
+        release: &Release,
+        server_mac: MacAddr,
+        xid: u32,
+        order: &EmitOrder,
+    ) -> anyhow::Result<u8> {
+        let frame = release_frame(release, server_mac, xid, MESSAGE)?;
+        self.kernel.order(xid, order)?;
+        // A vetoed frame is an error here too; the verdict tells which it was.
+        let sent = self.link.send_release(&frame);
+        let verdict = self.kernel.verdict(xid)?;
+        if verdict == VERDICT_NONE {
+            sent?;
+        }
+        Ok(verdict)
+    }
+
+    fn notify(&mut self, notice: Notice) {
+        let event = view::event(&notice, clock::monotonic(), clock::wall());
+        let Notice { event: kind, ip, mac, port, reason, .. } = notice;
+        let (ip, mac) = (ip.map(tracing::field::display), mac.map(tracing::field::display));
+        match kind {
+            NoticeKind::Released => info!(ip, mac, port, reason, "released"),
+            NoticeKind::WouldRelease => info!(ip, mac, port, reason, "would release"),
+            NoticeKind::Conflict
+            | NoticeKind::RogueServer
+            | NoticeKind::RecordsLost
+            | NoticeKind::ReleaseFailed
+            | NoticeKind::ReleasedAlive
+            | NoticeKind::Vetoed => warn!(ip, mac, port, reason, "{}", event.event),
+            NoticeKind::PortUp
+            | NoticeKind::PortLost
+            | NoticeKind::Requested
+            | NoticeKind::Bound
+            | NoticeKind::Renewed
+            | NoticeKind::Silent
+            | NoticeKind::Alive
+            | NoticeKind::Gone
+            | NoticeKind::Held
+            | NoticeKind::Releasing
+            | NoticeKind::Refused
+            | NoticeKind::Withdrawn
+            | NoticeKind::Expired
+            | NoticeKind::Moved => debug!(ip, mac, port, reason, "{}", event.event),
+        }
+        self.log.push(event);
+    }
+
+    fn answer(&mut self, _request: ControlRequest) {}
+}
+
+async fn is_local(bridge: IfIndex, ip: Ipv4Addr) -> bool {
+    match local_addresses(bridge).await {
+        Ok(addresses) => addresses.contains(&ip),
+        Err(error) => {
+            warn!(error = %chain(&error), "cannot read the bridge's addresses");
+            false
+        }
+    }
+}
+
+/// An error and its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Bridges by the number that the core knows them by.
+#[derive(Debug)]
+struct Segments {
+    names: Vec<String>,
+    bridges: BTreeMap<SegmentId, Bridge>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Bridge {
+    ifindex: IfIndex,
+    mac: MacAddr,
+}
+
+impl Segments {
+    fn new(names: &[String]) -> Self {
+        Self { names: names.to_vec(), bridges: BTreeMap::new() }
+    }
+
+    fn id(&self, name: &str) -> Option<SegmentId> {
+        let index = self.names.iter().position(|known| known == name)?;
+        SegmentId::try_from(index + 1).ok()
+    }
+
+    fn name(&self, id: SegmentId) -> Option<&str> {
+        let index = usize::try_from(id).ok()?.checked_sub(1)?;
+        self.names.get(index).map(String::as_str)
+    }
+
+    fn absent(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(String::as_str).filter(|name| {
+            self.id(name).is_none_or(|id| !self.bridges.contains_key(&id))
+        })
+    }
+
+    fn up(&mut self, ifindex: IfIndex, name: &str, mac: MacAddr) {
+        if let Some(id) = self.id(name) {
+            self.bridges.insert(id, Bridge { ifindex, mac });
+        }
+    }
+
+    fn down(&mut self, ifindex: IfIndex) {
+        self.bridges.retain(|_, bridge| bridge.ifindex != ifindex);
+    }
+
+    fn set_mac(&mut self, ifindex: IfIndex, mac: MacAddr) {
+        for bridge in self.bridges.values_mut().filter(|bridge| bridge.ifindex == ifindex) {
+            bridge.mac = mac;
+        }
+    }
+
+    fn by_ifindex(&self, ifindex: IfIndex) -> Option<SegmentId> {
+        self.bridges.iter().find(|(_, bridge)| bridge.ifindex == ifindex).map(|(id, _)| *id)
+    }
+
+    fn bridge(&self, id: SegmentId) -> Option<Bridge> {
+        self.bridges.get(&id).copied()
+    }
+}
+
+/// Who needs the exact tier, and where.
+#[derive(Debug, Default)]
+struct Armed {
+    bindings: BTreeMap<Key, Scope>,
+    ports: BTreeMap<IfIndex, usize>,
+    segments: BTreeMap<SegmentId, usize>,
+    /// A MAC with several addresses is armed once.
+    macs: BTreeMap<(SegmentId, u16, MacAddr), BTreeSet<Key>>,
+}
+
+/// Ports that one watch looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Scope {
+    port: Option<IfIndex>,
+    segment: Option<SegmentId>,
+}
+
+impl Armed {
+    /// Returns what may have changed.
+    fn arm(&mut self, key: Key, mac: MacAddr, own_port: Option<IfIndex>, everywhere: bool) -> Scope {
+        let scope = Scope { port: own_port, segment: everywhere.then_some(key.segment) };
+        // Counted up before the old scope is counted down: what both need stays on throughout.
+        add(&mut self.ports, scope.port);
+        add(&mut self.segments, scope.segment);
+        let old = self.bindings.insert(key, scope).unwrap_or_default();
+        subtract(&mut self.ports, old.port);
+        subtract(&mut self.segments, old.segment);
+        self.macs.entry((key.segment, key.vlan, mac)).or_default().insert(key);
+        Scope { port: scope.port.or(old.port), segment: scope.segment.or(old.segment) }
+    }
+
+    /// Returns what may have changed, and whether nobody else needs the MAC.
+    fn disarm(&mut self, key: Key, mac: MacAddr) -> (Scope, bool) {
+        let old = self.bindings.remove(&key).unwrap_or_default();
+        subtract(&mut self.ports, old.port);
+        subtract(&mut self.segments, old.segment);
+        let id = (key.segment, key.vlan, mac);
+        let free = self.macs.get_mut(&id).is_none_or(|keys| {
+            keys.remove(&key);
+            keys.is_empty()
+        });
+        if free {
+            self.macs.remove(&id);
+        }
+        (old, free)
+    }
+
+    fn wants(&self, port: IfIndex, segment: SegmentId) -> bool {
+        self.ports.contains_key(&port) || self.segments.contains_key(&segment)
+    }
+}
+
+fn add<K: Ord>(counts: &mut BTreeMap<K, usize>, key: Option<K>) {
+    if let Some(key) = key {
+        *counts.entry(key).or_default() += 1;
+    }
+}
+
+fn subtract<K: Ord + Copy>(counts: &mut BTreeMap<K, usize>, key: Option<K>) {
+    let Some(key) = key else {
+        return;
+    };
+    let Some(count) = counts.get_mut(&key) else {
+        return;
+    };
+    *count -= 1;
+    if *count == 0 {
+        counts.remove(&key);
+    }
+}
+
+/// When each of the latest epochs began.
+#[derive(Debug, Default)]
+struct Epochs {
+    began: VecDeque<(u32, Time)>,
+}
+
+impl Epochs {
+    fn begin(&mut self, epoch: u32, at: Time) {
+        self.began.push_back((epoch, at));
+        if self.began.len() > EPOCHS {
+            self.began.pop_front();
+        }
+    }
+
+    fn began(&self, epoch: u32) -> Option<Time> {
+        let (first, _) = self.began.front()?;
+        let index = usize::try_from(epoch.wrapping_sub(*first)).ok()?;
+        self.began.get(index).filter(|(known, _)| *known == epoch).map(|(_, at)| *at)
+    }
+}
+
+/// Transaction identifiers that nobody can guess.
+#[derive(Debug, Default)]
+struct Xids {}
+
+impl Xids {
+    fn draw(&mut self) -> u32 {
+        0
+    }
+}

@@ -1,0 +1,35 @@
+//! The one place that reads clocks; everything else is told the time.
+
+#![forbid(unsafe_code)]
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::core::Time;
+
+/// `CLOCK_MONOTONIC`: the clock of `bpf_ktime_get_ns`, so that times of both halves compare.
+pub fn monotonic() -> Time {
+    // Fails only for a clock that the kernel does not have (clock_gettime(2)).
+    let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else {
+        return Time::ZERO;
+    };
+    let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);
+    let nanos = u64::try_from(now.tv_nsec()).unwrap_or(0);
+    Time::from_nanos(seconds.saturating_mul(1_000_000_000).saturating_add(nanos))
+}
+
+/// The time of day, for people and for what outlives a boot.
+pub fn wall() -> jiff::Timestamp {
+    jiff::Timestamp::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn monotonic_does_not_go_back() {
+        let first = monotonic();
+        assert!(first > Time::ZERO);
+        assert!(monotonic() >= first);
+    }
+}

@@ -1,0 +1,868 @@
+//! What the agent is told to do: flags over a TOML file over defaults, checked once.
+
+#![forbid(unsafe_code)]
+
+mod span;
+
+use std::{
+    fmt, fs, io,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, de};
+
+pub use self::span::{ParseSpanError, Span};
+use crate::ports::{Glob, PortRules};
+
+pub const DEFAULT_CONTROL: &str = "/run/dhcp-reclaim/control.sock";
+const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+
+/// How the agent behaves; every value is within its bounds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// Bridges to follow; at least one.
+    pub bridges: Vec<String>,
+    pub ports: Vec<Glob>,
+    pub uplinks: Vec<Glob>,
+    pub hook: Hook,
+    pub commit: Commit,
+    pub bpffs: PathBuf,
+    pub control: PathBuf,
+    pub dry_run: bool,
+
+    /// Without a frame for this long, an address is probed.
+    pub silence: Duration,
+    /// Between probe rounds on a port that is up.
+    pub probe_interval: Duration,
+    /// Rounds without an answer until an address is silent.
+    pub misses: u32,
+    /// Port lost, no uplink on the segment.
+    pub hold_down: Duration,
+    /// Port lost, the segment has an uplink: the VM may be moving.
+    pub hold_down_uplink: Duration,
+    /// Port up, address silent.
+    pub hold_down_silent: Duration,
+    pub port_up: PortUp,
+    /// After the start and after its links changed, nothing is released for this long.
+    pub settle: Duration,
+    /// A lease that ends sooner is left to end.
+    pub min_remaining: Duration,
+    pub breaker: Breaker,
+    /// The breaker needs at least this many bindings to judge.
+    pub breaker_min: u32,
+    pub breaker_window: Duration,
+    /// RELEASEs a second, and how many at once.
+    pub rate: u32,
+    pub burst: u32,
+    /// DHCP records a second and at once, per port.
+    pub record_rate: u16,
+    pub record_burst: u16,
+    pub bindings_per_port: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            bridges: Vec::new(),
+            ports: Vec::new(),
+            uplinks: Vec::new(),
+            hook: Hook::Tc,
+            commit: Commit::Ack,
+            bpffs: PathBuf::from(DEFAULT_BPFFS),
+            control: PathBuf::from(DEFAULT_CONTROL),
+            dry_run: false,
+            silence: Duration::from_secs(30),
+            probe_interval: Duration::from_secs(10),
+            misses: 3,
+            hold_down: Duration::from_secs(2),
+            hold_down_uplink: Duration::from_secs(10),
+            hold_down_silent: Duration::from_mins(5),
+            port_up: PortUp::Release,
+            settle: Duration::from_secs(3),
+            min_remaining: Duration::from_secs(10),
+            breaker: Breaker::Fraction(0.5),
+            breaker_min: 32,
+            breaker_window: Duration::from_mins(1),
+            rate: 50,
+            burst: 64,
+            record_rate: 15,
+            record_burst: 60,
+            bindings_per_port: 256,
+        }
+    }
+}
+
+/// Where the programs attach to a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hook {
+    /// Sees both directions.
+    Tc,
+    /// Sees only what comes in; VM ports then show requests but no answers.
+    Xdp,
+}
+
+/// What makes a binding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Commit {
+    /// The server's ACK.
+    Ack,
+    /// The VM's REQUEST, where answers cannot be seen.
+    Request,
+}
+
+/// What happens to a silent address whose port is still up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum PortUp {
+    /// It is released after `hold-down-silent`.
+    Release,
+    /// Nothing: its lease runs until it expires.
+    Never,
+}
+
+/// How large a part of the node's bindings may die in one window.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Breaker {
+    Off,
+    /// Above 0, at most 1.
+    Fraction(f64),
+}
+
+/// What flags or a file say; names in both are the same.
+#[derive(Clone, Debug, Default, PartialEq, Args, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Options {
+    /// Bridge to follow, there already or not; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub bridge: Vec<String>,
+    /// VM ports, by name or glob; may be repeated. A whole name makes any link a VM's port
+    /// [default: taps, veths and the like]
+    #[arg(long, value_name = "GLOB")]
+    pub port: Vec<Glob>,
+    /// Ports that lead to other hosts, besides physical links, bonds, VLANs and tunnels; may be
+    /// repeated
+    #[arg(long, value_name = "GLOB")]
+    pub uplink: Vec<Glob>,
+    /// Where to attach to a port [default: tc]
+    #[arg(long, value_name = "HOOK")]
+    pub hook: Option<Hook>,
+    /// What makes a binding: the server's ACK, or the VM's REQUEST alone [default: ack]
+    #[arg(long, value_name = "WHAT")]
+    pub commit: Option<Commit>,
+    /// Mount point of the BPF file system [default: /sys/fs/bpf]
+    #[arg(long, value_name = "PATH")]
+    pub bpffs: Option<PathBuf>,
+    /// Socket for list, explain, events and stats [default: /run/dhcp-reclaim/control.sock]
+    #[arg(long, value_name = "PATH", env = "DHCP_RECLAIM_CONTROL")]
+    pub control: Option<PathBuf>,
+    /// Do everything except send a RELEASE, and say what would have been sent
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub dry_run: Option<bool>,
+
+    /// Probe an address that has sent nothing for this long [default: 30s]
+    #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
+    pub silence: Option<Span>,
+    /// Between probe rounds on a port that is up [default: 10s]
+    #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
+    pub probe_interval: Option<Span>,
+    /// Unanswered rounds until an address counts as silent [default: 3]
+    #[arg(long, value_name = "COUNT", help_heading = "When a VM is dead")]
+    pub misses: Option<u32>,
+    /// Port lost, no uplink on the bridge: silence until the VM is gone [default: 2s]
+    #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
+    pub hold_down: Option<Span>,
+    /// The same where the bridge has an uplink, so that the VM may be moving [default: 10s]
+    #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
+    pub hold_down_uplink: Option<Span>,
+    /// Port up but silent: a paused or rebooting VM looks like this [default: 5m]
+    #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
+    pub hold_down_silent: Option<Span>,
+    /// Whether a silent address is released while its port is up [default: release]
+    #[arg(long, value_name = "WHAT", help_heading = "When a VM is dead")]
+    pub port_up: Option<PortUp>,
+    /// Release nothing for this long after the start [default: 3s]
+    #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
+    pub settle: Option<Span>,
+    /// Leave a lease alone that ends within this [default: 10s]
+    #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
+    pub min_remaining: Option<Span>,
+
+    /// Stop if more than this part of all bindings dies in one window; or `off` [default: 0.5]
+    #[arg(long, value_name = "FRACTION", help_heading = "Limits")]
+    pub breaker: Option<Breaker>,
+    /// Bindings from which on the breaker judges [default: 32]
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    pub breaker_min: Option<u32>,
+    /// The breaker's window [default: 1m]
+    #[arg(long, value_name = "SPAN", help_heading = "Limits")]
+    pub breaker_window: Option<Span>,
+    /// RELEASEs a second [default: 50]
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    pub rate: Option<u32>,
+    /// RELEASEs at once [default: 64]
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    pub burst: Option<u32>,
+    /// DHCP messages a second that one port may have recorded [default: 15]
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    pub record_rate: Option<u16>,
+    /// DHCP messages at once that one port may have recorded [default: 60]
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    pub record_burst: Option<u16>,
+    /// Addresses that one port may hold [default: 256]
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    pub bindings_per_port: Option<u32>,
+}
+
+/// All keys of a file, as in [`Options`].
+const KEYS: [&str; 25] = [
+    "bridge",
+    "port",
+    "uplink",
+    "hook",
+    "commit",
+    "bpffs",
+    "control",
+    "dry-run",
+    "silence",
+    "probe-interval",
+    "misses",
+    "hold-down",
+    "hold-down-uplink",
+    "hold-down-silent",
+    "port-up",
+    "settle",
+    "min-remaining",
+    "breaker",
+    "breaker-min",
+    "breaker-window",
+    "rate",
+    "burst",
+    "record-rate",
+    "record-burst",
+    "bindings-per-port",
+];
+
+/// The settings cannot be used; says where, what and how to mend it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}:{line}:{column}: {message}", path.display())]
+    Parse {
+        path: PathBuf,
+        line: usize,
+        column: usize,
+        message: String,
+    },
+    #[error("{place}: {problem}; {mend}")]
+    Value {
+        place: Place,
+        problem: String,
+        mend: &'static str,
+    },
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    Flag(&'static str),
+    File {
+        path: PathBuf,
+        line: usize,
+        key: &'static str,
+    },
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag(key) => write!(f, "--{key}"),
+            Self::File { path, line, key } => write!(f, "{}:{line}: `{key}`", path.display()),
+        }
+    }
+}
+
+impl Settings {
+    /// What the flags say, else the file, else the defaults.
+    pub fn load(flags: Options, file: Option<&Path>) -> Result<Self, ConfigError> {
+        let Some(path) = file else {
+            return Self::resolve(flags, None);
+        };
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::resolve(flags, Some(&File::parse(path, &text)?))
+    }
+
+    pub fn port_rules(&self) -> PortRules {
+        PortRules {
+            bridges: self.bridges.clone(),
+            ports: self.ports.clone(),
+            uplinks: self.uplinks.clone(),
+        }
+    }
+
+    fn resolve(flags: Options, file: Option<&File<'_>>) -> Result<Self, ConfigError> {
+        let in_flags = flags.clone();
+        let below = file.map(|file| file.options.clone()).unwrap_or_default();
+        let default = Self::default();
+        macro_rules! pick {
+            ($key:ident) => {
+                flags.$key.or(below.$key).unwrap_or(default.$key)
+            };
+        }
+        macro_rules! span {
+            ($key:ident) => {
+                flags
+                    .$key
+                    .or(below.$key)
+                    .map_or(default.$key, Duration::from)
+            };
+        }
+        fn list<T>(flags: Vec<T>, below: Vec<T>) -> Vec<T> {
+            if flags.is_empty() { below } else { flags }
+        }
+        let hold_down = span!(hold_down);
+        // A longer hold-down raises those of the more doubtful cases, unless they are given.
+        macro_rules! longer_hold_down {
+            ($key:ident) => {
+                flags
+                    .$key
+                    .or(below.$key)
+                    .map_or(default.$key.max(hold_down), Duration::from)
+            };
+        }
+        let settings = Self {
+            bridges: list(flags.bridge, below.bridge),
+            ports: list(flags.port, below.port),
+            uplinks: list(flags.uplink, below.uplink),
+            hook: pick!(hook),
+            commit: pick!(commit),
+            bpffs: pick!(bpffs),
+            control: pick!(control),
+            dry_run: pick!(dry_run),
+            silence: span!(silence),
+            probe_interval: span!(probe_interval),
+            misses: pick!(misses),
+            hold_down,
+            hold_down_uplink: longer_hold_down!(hold_down_uplink),
+            hold_down_silent: longer_hold_down!(hold_down_silent),
+            port_up: pick!(port_up),
+            settle: span!(settle),
+            min_remaining: span!(min_remaining),
+            breaker: pick!(breaker),
+            breaker_min: pick!(breaker_min),
+            breaker_window: span!(breaker_window),
+            rate: pick!(rate),
+            burst: pick!(burst),
+            record_rate: pick!(record_rate),
+            record_burst: pick!(record_burst),
+            bindings_per_port: pick!(bindings_per_port),
+        };
+        let Some((key, problem, mend)) = settings.problem() else {
+            return Ok(settings);
+        };
+        let place = match file.and_then(|file| file.place(key, &in_flags)) {
+            Some(place) => place,
+            None => Place::Flag(key),
+        };
+        Err(ConfigError::Value {
+            place,
+            problem,
+            mend,
+        })
+    }
+
+    /// The first value that makes no sense: its key, what is wrong, and the mend.
+    fn problem(&self) -> Option<(&'static str, String, &'static str)> {
+        const BLINK: Duration = Duration::from_millis(200);
+        const DAY: Duration = Duration::from_hours(24);
+
+        if self.bridges.is_empty() {
+            return Some((
+                "bridge",
+                "no bridge to follow".to_owned(),
+                "name at least one, as in `--bridge br0` or `bridge = [\"br0\"]`",
+            ));
+        }
+        for name in &self.bridges {
+            let plain = name.parse::<Glob>().is_ok_and(|glob| glob.is_literal());
+            if !plain {
+                let name = name.escape_debug();
+                let problem = format!("`{name}` cannot be a bridge's name");
+                return Some((
+                    "bridge",
+                    problem,
+                    "give a whole name of at most 15 characters",
+                ));
+            }
+        }
+
+        // A VM must have the time to answer, and nobody waits longer than a day by intent.
+        for (key, value, least) in [
+            ("silence", self.silence, Duration::from_secs(1)),
+            ("probe-interval", self.probe_interval, BLINK),
+            ("hold-down", self.hold_down, BLINK),
+            ("hold-down-uplink", self.hold_down_uplink, BLINK),
+            ("hold-down-silent", self.hold_down_silent, BLINK),
+            ("settle", self.settle, Duration::ZERO),
+            ("min-remaining", self.min_remaining, Duration::ZERO),
+            (
+                "breaker-window",
+                self.breaker_window,
+                Duration::from_secs(1),
+            ),
+        ] {
+            if value < least {
+                let problem = format!("{} is below {}", Span(value), Span(least));
+                return Some((
+                    key,
+                    problem,
+                    "a living VM could be taken for dead; give more",
+                ));
+            }
+            if value > DAY {
+                return Some((key, format!("{} is over a day", Span(value)), "give less"));
+            }
+        }
+        for (key, shorter, other, longer) in [
+            (
+                "hold-down-uplink",
+                self.hold_down_uplink,
+                "hold-down",
+                self.hold_down,
+            ),
+            (
+                "hold-down-silent",
+                self.hold_down_silent,
+                "hold-down",
+                self.hold_down,
+            ),
+        ] {
+            if shorter < longer {
+                let (shorter, longer) = (Span(shorter), Span(longer));
+                let problem = format!("{shorter} is shorter than `{other}`, which is {longer}");
+                return Some((key, problem, "the doubtful case must not be the faster one"));
+            }
+        }
+
+        for (key, value) in [
+            ("misses", self.misses),
+            ("rate", self.rate),
+            ("burst", self.burst),
+            ("record-rate", self.record_rate.into()),
+            ("record-burst", self.record_burst.into()),
+            ("bindings-per-port", self.bindings_per_port),
+        ] {
+            if value == 0 {
+                return Some((key, "zero".to_owned(), "give 1 or more"));
+            }
+        }
+        for (key, path) in [("bpffs", &self.bpffs), ("control", &self.control)] {
+            if !path.is_absolute() {
+                let problem = format!("`{}` is not an absolute path", path.display());
+                return Some((key, problem, "start it with `/`"));
+            }
+        }
+        None
+    }
+}
+
+/// A file that was read, for saying where its values stand.
+struct File<'a> {
+    path: &'a Path,
+    text: &'a str,
+    options: Options,
+}
+
+impl<'a> File<'a> {
+    fn parse(path: &'a Path, text: &'a str) -> Result<Self, ConfigError> {
+        match toml::from_str(text) {
+            Ok(options) => Ok(Self {
+                path,
+                text,
+                options,
+            }),
+            Err(error) => Err(parse_error(path, text, &error)),
+        }
+    }
+
+    /// Where the file has `key`, unless the flags said it.
+    fn place(&self, key: &'static str, flags: &Options) -> Option<Place> {
+        let in_flags = match key {
+            "bridge" => !flags.bridge.is_empty(),
+            "bpffs" => flags.bpffs.is_some(),
+            "control" => flags.control.is_some(),
+            "silence" => flags.silence.is_some(),
+            "probe-interval" => flags.probe_interval.is_some(),
+            "misses" => flags.misses.is_some(),
+            "hold-down" => flags.hold_down.is_some(),
+            "hold-down-uplink" => flags.hold_down_uplink.is_some(),
+            "hold-down-silent" => flags.hold_down_silent.is_some(),
+            "settle" => flags.settle.is_some(),
+            "min-remaining" => flags.min_remaining.is_some(),
+            "breaker-window" => flags.breaker_window.is_some(),
+            "rate" => flags.rate.is_some(),
+            "burst" => flags.burst.is_some(),
+            "record-rate" => flags.record_rate.is_some(),
+            "record-burst" => flags.record_burst.is_some(),
+            "bindings-per-port" => flags.bindings_per_port.is_some(),
+            _ => false,
+        };
+        if in_flags {
+            return None;
+        }
+        let table = toml::de::DeTable::parse(self.text).ok()?;
+        let (found, _) = table
+            .get_ref()
+            .iter()
+            .find(|(found, _)| found.get_ref() == key)?;
+        let (line, _) = position(self.text, found.span().start);
+        Some(Place::File {
+            path: self.path.to_owned(),
+            line,
+            key,
+        })
+    }
+}
+
+fn parse_error(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+    let (line, column) = error
+        .span()
+        .map_or((1, 1), |span| position(text, span.start));
+    let mut message = error.message().trim_end().replace('\n', ", ");
+    // serde's own list of all keys helps nobody; the nearest ones do.
+    if let Some(key) = message
+        .strip_prefix("unknown field `")
+        .and_then(|rest| rest.split('`').next())
+    {
+        let near = nearest(key);
+        let key = key.escape_debug();
+        message = format!("unknown key `{key}`; did you mean {near}?");
+    } else if let Some(key) = key_of_line(text, line) {
+        message = format!("`{key}`: {message}");
+    }
+    ConfigError::Parse {
+        path: path.to_owned(),
+        line,
+        column,
+        message,
+    }
+}
+
+/// The known key that a line sets.
+fn key_of_line(text: &str, line: usize) -> Option<&'static str> {
+    let (key, _) = text.lines().nth(line.checked_sub(1)?)?.split_once('=')?;
+    KEYS.into_iter().find(|known| *known == key.trim())
+}
+
+/// Line and column, from one, of a byte; columns count characters.
+fn position(text: &str, at: usize) -> (usize, usize) {
+    let before = text.get(..at).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    (line, before[start..].chars().count() + 1)
+}
+
+/// The known keys that look most like `key`, quoted and joined.
+fn nearest(key: &str) -> String {
+    let plain = |key: &str| key.to_lowercase().replace(['_', '-'], "");
+    let wanted = plain(key);
+    let mut ranked: Vec<_> = KEYS
+        .iter()
+        .map(|known| {
+            let known_plain = plain(known);
+            // One within the other is as good as a slip of the finger.
+            let inside = wanted.len() > 2
+                && (known_plain.contains(&wanted) || wanted.contains(&known_plain));
+            let distance = edit_distance(&wanted, &known_plain);
+            (
+                if inside { distance.min(2) } else { distance },
+                distance,
+                *known,
+            )
+        })
+        .collect();
+    ranked.sort_unstable();
+    let best = ranked[0].0;
+    let near: Vec<_> = ranked
+        .iter()
+        .filter(|(rank, ..)| *rank <= best.max(2))
+        .take(4)
+        .map(|(.., known)| format!("`{known}`"))
+        .collect();
+    near.join(" or ")
+}
+
+/// Levenshtein's.
+fn edit_distance(a: &str, b: &str) -> usize {
+    // A key is as long as its author likes; ours are not.
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().take(64).collect(), b.chars().collect());
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, left) in a.iter().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, right) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(left != right);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// Neither `off` nor a fraction.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no breaker: write a fraction above 0 and up to 1, as in 0.5, or `off`")]
+pub struct ParseBreakerError(String);
+
+impl FromStr for Breaker {
+    type Err = ParseBreakerError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "off" {
+            return Ok(Self::Off);
+        }
+        let fraction: Option<f64> = text.parse().ok();
+        fraction
+            .filter(|fraction| *fraction > 0.0 && *fraction <= 1.0)
+            .map(Self::Fraction)
+            .ok_or_else(|| ParseBreakerError(text.escape_debug().to_string()))
+    }
+}
+
+impl<'de> Deserialize<'de> for Breaker {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl de::Visitor<'_> for Visitor {
+            type Value = Breaker;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a fraction above 0 and up to 1, or \"off\"")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Breaker, E> {
+                text.parse().map_err(E::custom)
+            }
+
+            fn visit_f64<E: de::Error>(self, fraction: f64) -> Result<Breaker, E> {
+                self.visit_str(&fraction.to_string())
+            }
+
+            fn visit_i64<E: de::Error>(self, fraction: i64) -> Result<Breaker, E> {
+                self.visit_str(&fraction.to_string())
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, flags: Options) -> Result<Settings, ConfigError> {
+        Settings::resolve(flags, Some(&File::parse(Path::new("/etc/dr.toml"), text)?))
+    }
+
+    fn error(text: &str) -> String {
+        load(text, Options::default()).unwrap_err().to_string()
+    }
+
+    fn br0() -> Options {
+        Options {
+            bridge: vec!["br0".to_owned()],
+            ..Options::default()
+        }
+    }
+
+    #[test]
+    fn a_bridge_is_all_that_is_needed() {
+        let settings = Settings::resolve(br0(), None).unwrap();
+        let expected = Settings {
+            bridges: vec!["br0".to_owned()],
+            ..Settings::default()
+        };
+        assert_eq!(settings, expected);
+    }
+
+    #[test]
+    fn every_key_of_a_file_is_read() {
+        let text = r#"
+            bridge = ["br0", "br1"]
+            port = ["vnet*"]
+            uplink = ["eth0"]
+            hook = "xdp"
+            commit = "request"
+            bpffs = "/bpf"
+            control = "/tmp/c.sock"
+            dry-run = true
+            silence = "20s"
+            probe-interval = "500ms"
+            misses = 4
+            hold-down = "3s"
+            hold-down-uplink = "11s"
+            hold-down-silent = "1h30m"
+            port-up = "never"
+            settle = "0s"
+            min-remaining = "1m"
+            breaker = "off"
+            breaker-min = 5
+            breaker-window = "2m"
+            rate = 7
+            burst = 8
+            record-rate = 9
+            record-burst = 10
+            bindings-per-port = 11
+        "#;
+        let settings = load(text, Options::default()).unwrap();
+        let expected = Settings {
+            bridges: vec!["br0".to_owned(), "br1".to_owned()],
+            ports: vec!["vnet*".parse().unwrap()],
+            uplinks: vec!["eth0".parse().unwrap()],
+            hook: Hook::Xdp,
+            commit: Commit::Request,
+            bpffs: "/bpf".into(),
+            control: "/tmp/c.sock".into(),
+            dry_run: true,
+            silence: Duration::from_secs(20),
+            probe_interval: Duration::from_millis(500),
+            misses: 4,
+            hold_down: Duration::from_secs(3),
+            hold_down_uplink: Duration::from_secs(11),
+            hold_down_silent: Duration::from_secs(5400),
+            port_up: PortUp::Never,
+            settle: Duration::ZERO,
+            min_remaining: Duration::from_secs(60),
+            breaker: Breaker::Off,
+            breaker_min: 5,
+            breaker_window: Duration::from_secs(120),
+            rate: 7,
+            burst: 8,
+            record_rate: 9,
+            record_burst: 10,
+            bindings_per_port: 11,
+        };
+        assert_eq!(settings, expected);
+        for key in KEYS {
+            assert!(text.contains(&format!("{key} = ")), "{key}");
+        }
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let text = "bridge = [\"br9\"]\nhold-down = \"4s\"\nmisses = 9\nbreaker = 1\n";
+        let flags = Options {
+            hold_down: Some("5s".parse().unwrap()),
+            ..br0()
+        };
+        let settings = load(text, flags).unwrap();
+        assert_eq!(settings.bridges, ["br0"]);
+        assert_eq!(settings.hold_down, Duration::from_secs(5));
+        assert_eq!(settings.misses, 9);
+        assert_eq!(settings.breaker, Breaker::Fraction(1.0));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_place_and_neighbours() {
+        assert_eq!(
+            error("bridge = [\"br0\"]\n  hold_down = \"2s\"\n"),
+            "/etc/dr.toml:2:3: unknown key `hold_down`; did you mean `hold-down` or \
+             `hold-down-silent` or `hold-down-uplink`?"
+        );
+        assert_eq!(
+            error("silense = \"2s\"\n"),
+            "/etc/dr.toml:1:1: unknown key `silense`; did you mean `silence`?"
+        );
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_kind_is_named_with_its_place() {
+        for (text, place, part) in [
+            ("hold-down = 2\n", "/etc/dr.toml:1:13: `hold-down`", "as in"),
+            (
+                "\nsilence = \"2\"\n",
+                "/etc/dr.toml:2:11: `silence`",
+                "unit",
+            ),
+            ("breaker = 1.5\n", "/etc/dr.toml:1:11: `breaker`", "up to 1"),
+            (
+                "hook = \"tcx\"\n",
+                "/etc/dr.toml:1:8: `hook`",
+                "`tc` or `xdp`",
+            ),
+            (
+                "port = [\"a/b\"]\n",
+                "/etc/dr.toml:1:",
+                "names no interface",
+            ),
+            ("misses = -1\n", "/etc/dr.toml:1:10: `misses`", "-1"),
+            ("misses = \n", "/etc/dr.toml:1:", "`misses`"),
+        ] {
+            let error = error(text);
+            assert!(error.starts_with(place), "{text:?} gave {error}");
+            assert!(error.contains(part), "{text:?} gave {error}");
+        }
+    }
+
+    #[test]
+    fn values_without_sense_are_refused_where_they_stand() {
+        let with = |line: &str| format!("bridge = [\"br0\"]\n\n{line}\n");
+        for (line, key) in [
+            ("hold-down = \"100ms\"", "hold-down"),
+            ("silence = \"0s\"", "silence"),
+            ("hold-down-uplink = \"1s\"", "hold-down-uplink"),
+            ("hold-down-silent = \"1s\"", "hold-down-silent"),
+            ("settle = \"25h\"", "settle"),
+            ("misses = 0", "misses"),
+            ("rate = 0", "rate"),
+            ("control = \"c.sock\"", "control"),
+        ] {
+            let error = error(&with(line));
+            assert!(
+                error.starts_with(&format!("/etc/dr.toml:3: `{key}`: ")),
+                "{error}"
+            );
+        }
+        assert!(error("").starts_with("--bridge: no bridge to follow"));
+        assert!(error("bridge = [\"br*\"]").starts_with("/etc/dr.toml:1: `bridge`: "));
+    }
+
+    #[test]
+    fn a_longer_hold_down_raises_the_others() {
+        let flags = Options {
+            hold_down: Some("30s".parse().unwrap()),
+            ..br0()
+        };
+        let settings = load("", flags).unwrap();
+        assert_eq!(settings.hold_down_uplink, Duration::from_secs(30));
+        assert_eq!(settings.hold_down_silent, Duration::from_mins(5));
+    }
+
+    #[test]
+    fn a_flag_is_blamed_for_what_it_says() {
+        let flags = Options {
+            rate: Some(0),
+            ..br0()
+        };
+        assert!(
+            load("rate = 5\n", flags)
+                .unwrap_err()
+                .to_string()
+                .starts_with("--rate: zero")
+        );
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Settings::load(br0(), Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
+        assert_eq!(error.to_string(), "cannot read /nonexistent/x.toml");
+    }
+}

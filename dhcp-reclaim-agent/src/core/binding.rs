@@ -1,0 +1,227 @@
+//! A lease as the wire showed it, and what is known about the life behind it.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use super::{
+    gates::Gate,
+    types::{
+        Direction, Evidence, IfIndex, Key, MacAddr, Message, MessageType, PortLoss, Role, State,
+        Time,
+    },
+};
+
+/// How much longer than "never" an infinite lease lasts (RFC 2131 section 3.3).
+const INFINITE: u32 = u32::MAX;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Binding {
+    pub key: Key,
+    pub chaddr: MacAddr,
+    /// Option 61, verbatim.
+    pub client_id: Option<Vec<u8>>,
+    /// Option 54, or the destination of a unicast REQUEST.
+    pub server: Option<Ipv4Addr>,
+    pub server_mac: Option<MacAddr>,
+    pub port: IfIndex,
+    /// The port's name, also after the port is gone.
+    pub port_name: String,
+    pub state: State,
+    /// A server's ACK made it.
+    pub acked: bool,
+    /// The address itself was the source of a frame at its own port.
+    pub seen_alive: bool,
+    /// Why what we know of it may not be what the server knows.
+    pub doubt: Option<Doubt>,
+    /// When the lease ends; `None` is never, or not known.
+    pub expires: Option<Time>,
+    /// When a binding that only a REQUEST made is given up.
+    pub tentative_until: Option<Time>,
+    pub last_seen: Option<Time>,
+    pub since: Time,
+    pub check: Check,
+    /// When the engine wants to look at it again.
+    pub due: Option<Time>,
+    /// The latest answer to a look, while it is being watched.
+    pub evidence: Option<(Time, Evidence)>,
+    /// The gate that held its release last.
+    pub held_by: Option<Gate>,
+    /// The kernel dropped its RELEASE, and the reason has not been looked at yet.
+    pub vetoed: bool,
+    /// RELEASEs that could not be sent.
+    pub failures: u32,
+}
+
+/// Why a binding is not certain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Doubt {
+    /// A message about it may read differently at the server.
+    Ambiguous,
+    /// Records of its port were lost at this time.
+    RecordsLost(Time),
+    /// Another port claimed its address or its MAC at this time.
+    Conflict(Time),
+}
+
+/// The search for a sign of life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// No question is open.
+    Idle,
+    /// The cheap question: did anything come in by the port?
+    Glancing,
+    /// The address and its MAC are armed in WATCH.
+    Watching(Watching),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watching {
+    /// Every frame since then was counted.
+    pub armed_at: Time,
+    /// The port is gone since then.
+    pub lost: Option<(Time, PortLoss)>,
+    /// Probes that left since `armed_at`.
+    pub probes: u32,
+    /// When the latest of them left.
+    pub probed_at: Option<Time>,
+    /// Every port of the segment is watched, and probes go into the segment too.
+    pub everywhere: bool,
+}
+
+impl Binding {
+    /// Whether a VM may still live behind it, so that it counts for the node.
+    pub fn is_live(&self) -> bool {
+        match self.state {
+            State::Requested | State::Bound | State::Silent | State::Gone | State::Releasing => {
+                true
+            }
+            State::Released | State::Refused | State::Withdrawn | State::Expired | State::Moved => {
+                false
+            }
+        }
+    }
+
+    pub fn lost(&self) -> Option<(Time, PortLoss)> {
+        match self.check {
+            Check::Watching(watching) => watching.lost,
+            Check::Idle | Check::Glancing => None,
+        }
+    }
+}
+
+/// When a lease of `secs` that was granted at `granted` ends; `None` is never.
+pub fn lease_end(granted: Time, secs: u32) -> Option<Time> {
+    (secs != INFINITE).then(|| granted + Duration::from_secs(secs.into()))
+}
+
+/// What a client asks for (RFC 2131 section 4.3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    Selecting {
+        ip: Ipv4Addr,
+        server: Ipv4Addr,
+    },
+    InitReboot {
+        ip: Ipv4Addr,
+    },
+    Renewing {
+        ip: Ipv4Addr,
+        server: Ipv4Addr,
+    },
+    Rebinding {
+        ip: Ipv4Addr,
+    },
+    /// DISCOVER with rapid commit (RFC 4039): the address is the server's to choose.
+    RapidCommit,
+}
+
+impl Ask {
+    /// `None`: not a question that an ACK could answer with a lease.
+    pub fn of(message: &Message) -> Option<Self> {
+        if message.kind == MessageType::Discover {
+            return message.rapid_commit.then_some(Self::RapidCommit);
+        }
+        if message.kind != MessageType::Request {
+            return None;
+        }
+        match (message.ciaddr, message.requested_ip, message.server_id) {
+            (None, Some(ip), Some(server)) => Some(Self::Selecting { ip, server }),
+            (None, Some(ip), None) => Some(Self::InitReboot { ip }),
+            (Some(ip), None, None) if message.destination_ip.is_broadcast() => {
+                Some(Self::Rebinding { ip })
+            }
+            (Some(ip), None, None) => Some(Self::Renewing {
+                ip,
+                server: message.destination_ip,
+            }),
+            // Some clients repeat ciaddr as option 50, or name the server while they renew.
+            (Some(ip), asked, _) if asked.is_none_or(|asked| asked == ip) => {
+                Some(Self::Rebinding { ip })
+            }
+            _ => None,
+        }
+    }
+
+    pub fn ip(self) -> Option<Ipv4Addr> {
+        match self {
+            Self::Selecting { ip, .. }
+            | Self::InitReboot { ip }
+            | Self::Renewing { ip, .. }
+            | Self::Rebinding { ip } => Some(ip),
+            Self::RapidCommit => None,
+        }
+    }
+
+    pub fn server(self) -> Option<Ipv4Addr> {
+        match self {
+            Self::Selecting { server, .. } | Self::Renewing { server, .. } => Some(server),
+            Self::InitReboot { .. } | Self::Rebinding { .. } | Self::RapidCommit => None,
+        }
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Selecting { .. } => "SELECTING",
+            Self::InitReboot { .. } => "INIT-REBOOT",
+            Self::Renewing { .. } => "RENEWING",
+            Self::Rebinding { .. } => "REBINDING",
+            Self::RapidCommit => "rapid commit",
+        }
+    }
+}
+
+/// Whose word a message is, and so whom it can be about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speaker {
+    /// A VM, by its own port: believed about itself.
+    Vm,
+    /// A server, on its way to a VM's port.
+    ServerToVm,
+    /// Somebody beyond an uplink.
+    Beyond,
+    /// A VM that plays the server.
+    RogueServer,
+    /// A VM that speaks in another's name.
+    Impostor,
+}
+
+impl Speaker {
+    pub fn of(message: &Message) -> Self {
+        let from_server = match message.kind {
+            MessageType::Offer | MessageType::Ack | MessageType::Nak => true,
+            MessageType::Discover
+            | MessageType::Request
+            | MessageType::Decline
+            | MessageType::Release
+            | MessageType::Inform => false,
+        };
+        match (message.role, message.direction, from_server) {
+            (Role::Vm, Direction::ToPort, true) => Self::ServerToVm,
+            (Role::Vm, Direction::FromPort, true) => Self::RogueServer,
+            (Role::Vm, Direction::FromPort, false) if message.source_mac == message.chaddr => {
+                Self::Vm
+            }
+            (Role::Vm, _, false) => Self::Impostor,
+            (Role::Uplink, _, _) => Self::Beyond,
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! The gates between *gone* and a RELEASE. Each has a name, a verdict and a reason; all must pass.
+
+use std::{fmt, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    binding::{Binding, Check, Doubt},
+    limits::{Breaker, BreakerRule, Bucket},
+    policy::Policy,
+    types::{Key, PortLoss, State, Time},
+};
+
+/// Names are a contract: `explain`, the audit record and the counters carry them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Gate {
+    Confirmed,
+    Lease,
+    Dead,
+    Elsewhere,
+    Unique,
+    HoldDown,
+    Settled,
+    Breaker,
+    Rate,
+    Kernel,
+}
+
+impl Gate {
+    pub const ALL: [Self; 10] = [
+        Self::Confirmed,
+        Self::Lease,
+        Self::Dead,
+        Self::Elsewhere,
+        Self::Unique,
+        Self::HoldDown,
+        Self::Settled,
+        Self::Breaker,
+        Self::Rate,
+        Self::Kernel,
+    ];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Confirmed => "confirmed",
+            Self::Lease => "lease",
+            Self::Dead => "dead",
+            Self::Elsewhere => "elsewhere",
+            Self::Unique => "unique",
+            Self::HoldDown => "hold-down",
+            Self::Settled => "settled",
+            Self::Breaker => "breaker",
+            Self::Rate => "rate",
+            Self::Kernel => "kernel",
+        }
+    }
+}
+
+impl fmt::Display for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    Pass,
+    /// Not now.
+    Hold,
+    /// Never: the lease ends, or has ended, by itself.
+    Forget,
+}
+
+/// What one gate says, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    pub gate: Gate,
+    pub verdict: Verdict,
+    pub reason: String,
+    /// When it is worth asking again, if the gate can tell.
+    pub again_at: Option<Time>,
+}
+
+/// All that the gates look at.
+pub struct Case<'a> {
+    pub policy: &'a Policy,
+    pub binding: &'a Binding,
+    /// Another live binding that shows the same client-id.
+    pub twin: Option<Key>,
+    /// Whether the segment has an uplink.
+    pub uplink: bool,
+    /// Nothing is released before this.
+    pub settled_at: Time,
+    pub breaker: &'a Breaker,
+    pub bucket: &'a Bucket,
+    /// Live bindings of the node.
+    pub live: usize,
+}
+
+impl Case<'_> {
+    /// Every gate's finding, in the order of DESIGN: the first that holds is the one to tell.
+    pub fn findings(&self, now: Time) -> Vec<Finding> {
+        Gate::ALL.iter().map(|gate| self.ask(*gate, now)).collect()
+    }
+
+    fn ask(&self, gate: Gate, now: Time) -> Finding {
+        let (verdict, reason, again_at) = match gate {
+            Gate::Confirmed => self.confirmed(),
+            Gate::Lease => self.lease(now),
+            Gate::Dead => self.dead(now),
+            Gate::Elsewhere => self.elsewhere(),
+            Gate::Unique => self.unique(),
+            Gate::HoldDown => self.hold_down(now),
+            Gate::Settled => self.settled(now),
+            Gate::Breaker => self.breaker(now),
+            Gate::Rate => self.rate(now),
+            Gate::Kernel => pass("asked last, when the RELEASE leaves"),
+        };
+        Finding {
+            gate,
+            verdict,
+            reason,
+            again_at,
+        }
+    }
+
+    fn confirmed(&self) -> Answer {
+        let binding = self.binding;
+        match binding.doubt {
+            Some(Doubt::Ambiguous) => {
+                return hold("a message about it may read differently at the server");
+            }
+            Some(Doubt::RecordsLost(_)) => {
+                return hold("records of its port were lost since it was seen");
+            }
+            Some(Doubt::Conflict(_)) => return hold("another port claims its address or its MAC"),
+            None => {}
+        }
+        if binding.server.is_none() {
+            return hold("its server is not known");
+        }
+        match (binding.acked, binding.seen_alive) {
+            (true, _) => pass("the server's ACK was seen"),
+            (false, true) => {
+                pass("no ACK was seen, but the address was seen alive at its own port")
+            }
+            (false, false) => {
+                hold("no ACK was seen, and the address was never seen alive at its port")
+            }
+        }
+    }
+
+    fn lease(&self, now: Time) -> Answer {
+        let Some(expires) = self.binding.expires else {
+            return pass(if self.binding.acked {
+                "the lease is infinite"
+            } else {
+                "the lease's end was not seen"
+            });
+        };
+        let remaining = expires.since(now);
+        if remaining.is_zero() {
+            return (Verdict::Forget, "the lease has expired".to_owned(), None);
+        }
+        if remaining < self.policy.min_remaining {
+            let reason = format!(
+                "{} left, less than min-remaining {}",
+                secs(remaining),
+                secs(self.policy.min_remaining)
+            );
+            return (Verdict::Forget, reason, None);
+        }
+        pass(format!("{} left", secs(remaining)))
+    }
+
+    fn dead(&self, now: Time) -> Answer {
+        let Check::Watching(watching) = self.binding.check else {
+            return hold("it is not being watched");
+        };
+        let Some((_, evidence)) = self
+            .binding
+            .evidence
+            .filter(|(at, _)| *at >= watching.armed_at)
+        else {
+            return hold("no evidence yet");
+        };
+        if !evidence.armed {
+            return hold("the watch is not armed");
+        }
+        if let Some(at) = evidence.own_at {
+            return hold(format!("a frame of it came {} ago", secs(now.since(at))));
+        }
+        if watching.probes < self.policy.misses {
+            return hold(format!(
+                "{} of {} probes have left",
+                watching.probes, self.policy.misses
+            ));
+        }
+        if watching
+            .probed_at
+            .is_some_and(|at| now.since(at) < self.probe_wait())
+        {
+            return hold("the latest probe may still be answered");
+        }
+        if watching.lost.is_some()
+            && self.uplink
+            && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
+        {
+            return hold("nothing was heard on the uplink since: the segment may be cut");
+        }
+        pass(format!(
+            "{} probes unanswered, not a frame for {}",
+            watching.probes,
+            secs(now.since(watching.armed_at))
+        ))
+    }
+
+    /// A probe into the segment of a lost port waits no longer than the rounds of that road do.
+    fn probe_wait(&self) -> Duration {
+        self.policy.probe_wait.min(self.round())
+    }
+
+    fn round(&self) -> Duration {
+        match self.binding.lost() {
+            Some(_) => self.hold() / self.policy.misses.max(1),
+            None => self.policy.probe_interval,
+        }
+    }
+
+    fn elsewhere(&self) -> Answer {
+        match (self.binding.state, self.binding.evidence) {
+            (State::Moved, _) => hold("the VM moved"),
+            (_, Some((_, evidence))) if evidence.elsewhere.is_some() => {
+                hold("it was seen behind another port")
+            }
+            _ => pass("not seen behind any other port"),
+        }
+    }
+
+    fn unique(&self) -> Answer {
+        match self.twin {
+            Some(twin) => hold(format!("{} shows the same client-id", twin.ip)),
+            None => pass("no other live binding shows its client-id or its address"),
+        }
+    }
+
+    /// How long silence must last on the binding's road.
+    pub fn hold(&self) -> Duration {
+        match self.binding.lost() {
+            // The VM runs on, on another bridge perhaps: that is no quicker than a silent one.
+            None | Some((_, PortLoss::Detached)) => self.policy.hold_down_silent,
+            Some((_, PortLoss::Deleted | PortLoss::CarrierLost)) if self.uplink => {
+                self.policy.hold_down_uplink
+            }
+            Some((_, PortLoss::Deleted | PortLoss::CarrierLost)) => self.policy.hold_down,
+        }
+    }
+
+    fn hold_down(&self, now: Time) -> Answer {
+        let Check::Watching(watching) = self.binding.check else {
+            return hold("the hold-down has not begun");
+        };
+        if watching.lost.is_none() && !self.policy.release_while_port_up {
+            return hold("its port is up, and port-up is \"never\"");
+        }
+        let since = watching
+            .lost
+            .map_or(watching.armed_at, |(at, _)| at)
+            .max(watching.armed_at);
+        let (passed, need) = (now.since(since), self.hold());
+        if passed < need {
+            let reason = format!("{} of {} have passed", secs(passed), secs(need));
+            return (Verdict::Hold, reason, Some(since + need));
+        }
+        pass(format!(
+            "{} have passed, {} were asked",
+            secs(passed),
+            secs(need)
+        ))
+    }
+
+    fn settled(&self, now: Time) -> Answer {
+        if now < self.settled_at {
+            let reason = format!(
+                "the agent or its links changed: {} to go",
+                secs(self.settled_at.since(now))
+            );
+            return (Verdict::Hold, reason, Some(self.settled_at));
+        }
+        pass("the agent and its links are settled")
+    }
+
+    fn breaker(&self, now: Time) -> Answer {
+        let Some(rule) = breaker_rule(self.policy) else {
+            return pass("off");
+        };
+        let deaths = self.breaker.deaths();
+        let allowed = self.breaker.allowed(self.live, rule);
+        match self.breaker.opened_at() {
+            Some(at) => hold(format!(
+                "open for {}: {deaths} of {} bindings died, {allowed} are allowed",
+                secs(now.since(at)),
+                self.live
+            )),
+            None => pass(format!(
+                "{deaths} of {} bindings died, {allowed} are allowed",
+                self.live
+            )),
+        }
+    }
+
+    fn rate(&self, now: Time) -> Answer {
+        let ready = self.bucket.ready_at();
+        if now < ready {
+            let reason = format!("the next token comes in {}", secs(ready.since(now)));
+            return (Verdict::Hold, reason, Some(ready));
+        }
+        pass(format!("{} a second", self.policy.rate))
+    }
+}
+
+pub fn breaker_rule(policy: &Policy) -> Option<BreakerRule> {
+    let share = policy.breaker?;
+    Some(BreakerRule {
+        share,
+        min: policy.breaker_min,
+        window: policy.breaker_window,
+    })
+}
+
+type Answer = (Verdict, String, Option<Time>);
+
+fn pass(reason: impl Into<String>) -> Answer {
+    (Verdict::Pass, reason.into(), None)
+}
+
+fn hold(reason: impl Into<String>) -> Answer {
+    (Verdict::Hold, reason.into(), None)
+}
+
+/// A duration for people: `1.250s`.
+pub fn secs(duration: Duration) -> String {
+    format!("{:.3}s", duration.as_secs_f64())
+}

@@ -1,0 +1,763 @@
+//! The engine, driven by hand: each test tells what the wire shows and reads what is to be done.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use super::{
+    Action, Commit, Direction, Engine, Event, Evidence, IfIndex, Key, MacAddr, Message,
+    MessageType, Notice, NoticeKind, Policy, Port, PortLoss, Probe, ProbeVia, ReleaseOutcome, Role,
+    State, Time,
+    gates::{Gate, Verdict},
+};
+
+const SEGMENT: u32 = 1;
+const VM_PORT: IfIndex = 11;
+const OTHER_PORT: IfIndex = 12;
+const UPLINK: IfIndex = 20;
+const VM: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
+const OTHER: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
+const SERVER_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xfe]);
+const SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 254);
+const IP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+const KEY: Key = Key {
+    segment: SEGMENT,
+    vlan: 0,
+    ip: IP,
+};
+
+/// An engine with the wire in the test's hand. Looks are answered from `evidence`, probes leave.
+struct Bench {
+    engine: Engine,
+    now: Time,
+    evidence: Evidence,
+    /// Whether a look finds that a frame of the VM has just come.
+    vm_talks: bool,
+    outcome: ReleaseOutcome,
+    seen: Vec<Action>,
+}
+
+impl Bench {
+    fn new(policy: Policy) -> Self {
+        let now = Time::ZERO + Duration::from_secs(1000);
+        let mut bench = Self {
+            engine: Engine::new(policy, now),
+            now,
+            evidence: Evidence {
+                armed: true,
+                ..Evidence::default()
+            },
+            vm_talks: false,
+            outcome: ReleaseOutcome::Sent,
+            seen: Vec::new(),
+        };
+        bench.port(VM_PORT, "vm1", Role::Vm);
+        bench.port(OTHER_PORT, "vm2", Role::Vm);
+        bench
+    }
+
+    fn port(&mut self, ifindex: IfIndex, name: &str, role: Role) {
+        self.tell(Event::PortUp(Port {
+            ifindex,
+            name: name.to_owned(),
+            segment: SEGMENT,
+            role,
+        }));
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.engine.handle(event, self.now);
+        self.carry_out();
+    }
+
+    fn carry_out(&mut self) {
+        while let Some(action) = self.engine.poll_action() {
+            self.seen.push(action.clone());
+            let answer = match action {
+                Action::Look { key, .. } => {
+                    let mut evidence = self.evidence;
+                    if self.vm_talks {
+                        evidence.own_at = Some(self.now);
+                        evidence.address_at = Some(self.now);
+                    }
+                    Event::Evidence { key, evidence }
+                }
+                Action::Probe { key, .. } => Event::Probed { key, sent: true },
+                Action::Release { key, .. } => Event::Released {
+                    key,
+                    outcome: self.outcome,
+                },
+                Action::Arm { .. }
+                | Action::Disarm { .. }
+                | Action::Control { .. }
+                | Action::Notify(_) => {
+                    continue;
+                }
+            };
+            self.engine.handle(answer, self.now);
+        }
+    }
+
+    /// Lets `duration` pass, stopping at each time the engine asks for.
+    fn pass(&mut self, duration: Duration) {
+        let until = self.now + duration;
+        while let Some(at) = self.engine.poll_timeout().filter(|at| *at <= until) {
+            self.now = self.now.max(at);
+            self.engine.handle_timeout(self.now);
+            self.carry_out();
+        }
+        self.now = until;
+    }
+
+    fn message(&mut self, message: Message) {
+        self.tell(Event::Message(message));
+    }
+
+    fn request(&self, port: IfIndex, mac: MacAddr, ip: Ipv4Addr) -> Message {
+        Message {
+            seen_at: self.now,
+            port,
+            role: Role::Vm,
+            direction: Direction::FromPort,
+            vlan: 0,
+            kind: MessageType::Request,
+            ambiguous: false,
+            source_mac: mac,
+            destination_mac: MacAddr::BROADCAST,
+            source_ip: Ipv4Addr::UNSPECIFIED,
+            destination_ip: Ipv4Addr::BROADCAST,
+            xid: 7,
+            chaddr: mac,
+            ciaddr: None,
+            yiaddr: None,
+            giaddr: None,
+            requested_ip: Some(ip),
+            server_id: Some(SERVER),
+            lease_secs: None,
+            renewal_secs: None,
+            rebinding_secs: None,
+            client_id: None,
+            rapid_commit: false,
+        }
+    }
+
+    fn ack(&self, port: IfIndex, mac: MacAddr, ip: Ipv4Addr) -> Message {
+        Message {
+            direction: Direction::ToPort,
+            kind: MessageType::Ack,
+            source_mac: SERVER_MAC,
+            destination_mac: mac,
+            source_ip: SERVER,
+            destination_ip: ip,
+            yiaddr: Some(ip),
+            requested_ip: None,
+            lease_secs: Some(3600),
+            ..self.request(port, mac, ip)
+        }
+    }
+
+    fn lease(&mut self, port: IfIndex, mac: MacAddr, ip: Ipv4Addr) {
+        self.message(self.request(port, mac, ip));
+        self.message(self.ack(port, mac, ip));
+    }
+
+    fn state(&self, key: Key) -> Option<State> {
+        self.engine
+            .bindings()
+            .find(|binding| binding.key == key)
+            .map(|binding| binding.state)
+    }
+
+    fn notices(&self) -> Vec<NoticeKind> {
+        self.seen
+            .iter()
+            .filter_map(notice)
+            .map(|notice| notice.event)
+            .collect()
+    }
+
+    fn releases(&self) -> usize {
+        self.seen
+            .iter()
+            .filter(|action| matches!(action, Action::Release { .. }))
+            .count()
+    }
+
+    fn probes(&self) -> usize {
+        self.seen
+            .iter()
+            .filter(|action| matches!(action, Action::Probe { .. }))
+            .count()
+    }
+
+    fn verdict(&self, gate: Gate) -> Verdict {
+        let findings = self
+            .engine
+            .explain(KEY, self.now)
+            .expect("the binding is known");
+        findings
+            .iter()
+            .find(|finding| finding.gate == gate)
+            .expect("every gate speaks")
+            .verdict
+    }
+}
+
+fn notice(action: &Action) -> Option<&Notice> {
+    match action {
+        Action::Notify(notice) => Some(notice),
+        Action::Arm { .. }
+        | Action::Disarm { .. }
+        | Action::Look { .. }
+        | Action::Probe { .. }
+        | Action::Control { .. }
+        | Action::Release { .. } => None,
+    }
+}
+
+fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+fn settled() -> Bench {
+    let mut bench = Bench::new(Policy::default());
+    bench.lease(VM_PORT, VM, IP);
+    bench.pass(secs(5));
+    bench.seen.clear();
+    bench
+}
+
+#[test]
+fn a_request_and_its_ack_make_a_binding() {
+    let mut bench = Bench::new(Policy::default());
+    bench.seen.clear();
+    bench.message(bench.request(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(bench.notices(), [NoticeKind::Requested, NoticeKind::Bound]);
+    let binding = bench.engine.bindings().next().expect("one binding");
+    assert_eq!(binding.server, Some(SERVER));
+    assert_eq!(binding.server_mac, Some(SERVER_MAC));
+    assert_eq!(binding.expires, Some(bench.now + secs(3600)));
+}
+
+#[test]
+fn an_ack_that_nobody_asked_for_makes_nothing() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), None);
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        xid: 8,
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    bench.message(bench.ack(OTHER_PORT, VM, IP));
+    bench.message(Message {
+        vlan: 5,
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+    bench.pass(secs(121));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Expired));
+}
+
+#[test]
+fn a_lost_port_is_probed_at_once_and_released_after_the_hold_down() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    let everywhere = Action::Arm {
+        key: KEY,
+        mac: VM,
+        own_port: None,
+        everywhere: true,
+    };
+    let probe = Probe {
+        via: ProbeVia::Segment(SEGMENT),
+        vlan: 0,
+        ip: IP,
+        mac: VM,
+    };
+    let acts: Vec<_> = bench
+        .seen
+        .iter()
+        .filter(|action| notice(action).is_none())
+        .cloned()
+        .collect();
+    assert_eq!(acts, [everywhere, Action::Probe { key: KEY, probe }]);
+    bench.pass(Duration::from_millis(1990));
+    assert_eq!(bench.releases(), 0, "the hold-down has not passed");
+    assert_eq!(bench.probes(), 3);
+    bench.pass(Duration::from_millis(20));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(bench.state(KEY), Some(State::Released));
+    assert_eq!(
+        bench.notices(),
+        [
+            NoticeKind::PortLost,
+            NoticeKind::Silent,
+            NoticeKind::Gone,
+            NoticeKind::Releasing,
+            NoticeKind::Released
+        ]
+    );
+    bench.pass(secs(500));
+    assert_eq!(bench.releases(), 1, "once");
+}
+
+#[test]
+fn with_an_uplink_the_hold_down_is_longer_and_the_uplink_must_be_heard() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(10));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(30));
+    assert_eq!(bench.releases(), 0, "the uplink is cut for all we know");
+    assert!(
+        bench
+            .seen
+            .iter()
+            .any(|action| matches!(action, Action::Control { probe } if probe.ip == SERVER))
+    );
+    bench.evidence.uplink_at = Some(bench.now);
+    bench.pass(secs(12));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn a_vm_that_moved_behind_the_uplink_is_disowned() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(10));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(2));
+    bench.evidence.elsewhere = Some((bench.now, UPLINK));
+    bench.pass(secs(60));
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn a_vm_that_was_plugged_in_anew_is_followed() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.port(13, "vm1", Role::Vm);
+    bench.evidence.elsewhere = Some((bench.now, 13));
+    bench.pass(secs(10));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(
+        bench.engine.bindings().next().map(|binding| binding.port),
+        Some(13)
+    );
+    assert_eq!(bench.releases(), 0);
+    // It dies there.
+    bench.evidence.elsewhere = None;
+    bench.tell(Event::PortDown {
+        port: 13,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(3));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn a_busy_vm_is_never_probed() {
+    let mut bench = settled();
+    for _ in 0..100 {
+        bench.evidence.port_at = Some(bench.now);
+        bench.pass(secs(10));
+    }
+    assert_eq!(bench.probes(), 0);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+}
+
+#[test]
+fn a_quiet_vm_that_answers_is_alive() {
+    let mut bench = settled();
+    bench.vm_talks = true;
+    bench.pass(secs(600));
+    assert!(bench.probes() >= 10, "it was asked: {}", bench.probes());
+    assert!(bench.notices().is_empty());
+}
+
+#[test]
+fn a_silent_vm_with_its_port_up_goes_the_slow_road() {
+    let mut bench = settled();
+    bench.pass(secs(30 + 20 + 2));
+    assert_eq!(bench.state(KEY), Some(State::Silent));
+    bench.pass(secs(270));
+    assert_eq!(bench.releases(), 0);
+    bench.pass(secs(40));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn port_up_never_means_never() {
+    let mut bench = Bench::new(Policy {
+        release_while_port_up: false,
+        ..Policy::default()
+    });
+    bench.lease(VM_PORT, VM, IP);
+    bench.pass(secs(3000));
+    assert_eq!(bench.state(KEY), Some(State::Silent));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn one_frame_in_the_hold_down_is_enough() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::CarrierLost,
+    });
+    bench.pass(secs(1));
+    bench.port(VM_PORT, "vm1", Role::Vm);
+    bench.vm_talks = true;
+    bench.pass(secs(30));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert!(bench.notices().contains(&NoticeKind::Alive));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn a_veto_sends_it_back_to_be_looked_at() {
+    let mut bench = settled();
+    bench.outcome = ReleaseOutcome::Vetoed;
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(Duration::from_millis(2010));
+    assert!(bench.notices().contains(&NoticeKind::Vetoed));
+    assert_ne!(bench.state(KEY), Some(State::Released));
+    assert_eq!(bench.engine.counters().get("releases_vetoed"), Some(&1));
+    assert_eq!(
+        bench.state(KEY),
+        Some(State::Silent),
+        "the hold-down begins anew"
+    );
+}
+
+#[test]
+fn what_the_guest_ends_itself_is_never_released() {
+    for (kind, state) in [
+        (MessageType::Release, State::Withdrawn),
+        (MessageType::Decline, State::Refused),
+    ] {
+        let mut bench = settled();
+        bench.message(Message {
+            kind,
+            ciaddr: Some(IP),
+            ..bench.request(VM_PORT, VM, IP)
+        });
+        assert_eq!(bench.state(KEY), Some(state));
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(secs(60));
+        assert_eq!(bench.releases(), 0);
+    }
+}
+
+#[test]
+fn a_nak_ends_it() {
+    let mut bench = settled();
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        kind: MessageType::Nak,
+        yiaddr: None,
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    assert_eq!(bench.state(KEY), Some(State::Refused));
+}
+
+#[test]
+fn a_neighbour_cannot_end_or_take_it() {
+    let mut bench = settled();
+    for kind in [
+        MessageType::Release,
+        MessageType::Decline,
+        MessageType::Request,
+    ] {
+        // In its own name, and in the victim's.
+        bench.message(Message {
+            kind,
+            ciaddr: Some(IP),
+            ..bench.request(OTHER_PORT, OTHER, IP)
+        });
+        bench.message(Message {
+            kind,
+            ciaddr: Some(IP),
+            ..bench.request(OTHER_PORT, VM, IP)
+        });
+        bench.message(Message {
+            kind,
+            ciaddr: Some(IP),
+            source_mac: OTHER,
+            ..bench.request(OTHER_PORT, VM, IP)
+        });
+    }
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(
+        bench.engine.bindings().next().map(|binding| binding.port),
+        Some(VM_PORT)
+    );
+    assert!(bench.notices().contains(&NoticeKind::Conflict));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.vm_talks = true;
+    bench.pass(secs(60));
+    assert_eq!(
+        bench.verdict(Gate::Confirmed),
+        Verdict::Pass,
+        "its own word settles it"
+    );
+}
+
+#[test]
+fn an_answer_that_a_vm_gave_is_not_believed() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    let forged = Message {
+        source_mac: OTHER,
+        ..bench.ack(VM_PORT, VM, IP)
+    };
+    // The same frame: in by the attacker's port, out by the victim's.
+    bench.message(Message {
+        port: OTHER_PORT,
+        direction: Direction::FromPort,
+        ..forged.clone()
+    });
+    bench.message(forged);
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+    assert!(bench.notices().contains(&NoticeKind::RogueServer));
+}
+
+#[test]
+fn an_ambiguous_message_holds() {
+    let mut bench = settled();
+    bench.message(Message {
+        ambiguous: true,
+        ..bench.request(VM_PORT, VM, IP)
+    });
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 0);
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    assert!(bench.notices().contains(&NoticeKind::Held));
+}
+
+#[test]
+fn lost_records_hold_until_it_is_seen_again() {
+    let mut bench = settled();
+    bench.tell(Event::RecordsLost {
+        port: VM_PORT,
+        count: 3,
+    });
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.vm_talks = true;
+    bench.pass(secs(60));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+}
+
+#[test]
+fn a_lease_that_ends_soon_is_left_to_end() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        lease_secs: Some(20),
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    bench.pass(secs(11));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(20));
+    assert_eq!(bench.releases(), 0);
+    assert_eq!(bench.state(KEY), Some(State::Expired));
+}
+
+#[test]
+fn an_infinite_lease_never_ends() {
+    let mut bench = Bench::new(Policy::default());
+    bench.vm_talks = true;
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        lease_secs: Some(u32::MAX),
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    bench.pass(secs(100_000));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+}
+
+#[test]
+fn two_vms_with_one_client_id_hold_each_other() {
+    let mut bench = Bench::new(Policy::default());
+    let second = Ipv4Addr::new(10, 0, 0, 2);
+    for (port, mac, ip) in [(VM_PORT, VM, IP), (OTHER_PORT, OTHER, second)] {
+        bench.message(Message {
+            client_id: Some(vec![0, 1, 2]),
+            ..bench.request(port, mac, ip)
+        });
+        bench.message(bench.ack(port, mac, ip));
+    }
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(10));
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Hold);
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn nothing_is_released_before_the_agent_has_settled() {
+    let mut bench = Bench::new(Policy {
+        settle: secs(30),
+        ..Policy::default()
+    });
+    bench.lease(VM_PORT, VM, IP);
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(29));
+    assert_eq!(
+        (bench.releases(), bench.verdict(Gate::Settled)),
+        (0, Verdict::Hold)
+    );
+    bench.pass(secs(3));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn the_breaker_opens_when_too_many_die() {
+    let mut bench = Bench::new(Policy {
+        breaker_min: 3,
+        breaker: Some(0.1),
+        ..Policy::default()
+    });
+    for n in 1..=10_u8 {
+        let port = 100 + u32::from(n);
+        bench.port(port, &format!("vm{n}"), Role::Vm);
+        bench.lease(
+            port,
+            MacAddr([2, 0, 0, 0, 1, n]),
+            Ipv4Addr::new(10, 0, 1, n),
+        );
+    }
+    bench.pass(secs(5));
+    for n in 1..=10_u8 {
+        bench.tell(Event::PortDown {
+            port: 100 + u32::from(n),
+            loss: PortLoss::Deleted,
+        });
+    }
+    bench.pass(secs(600));
+    assert_eq!(bench.releases(), 3, "what died before it opened");
+    assert!(
+        bench
+            .seen
+            .iter()
+            .filter_map(notice)
+            .any(|n| n.event == NoticeKind::Held && n.reason.starts_with("breaker"))
+    );
+}
+
+#[test]
+fn releases_keep_to_the_rate() {
+    let mut bench = Bench::new(Policy {
+        rate: 2,
+        burst: 1,
+        breaker: None,
+        ..Policy::default()
+    });
+    for n in 1..=10_u8 {
+        let port = 100 + u32::from(n);
+        bench.port(port, &format!("vm{n}"), Role::Vm);
+        bench.lease(
+            port,
+            MacAddr([2, 0, 0, 0, 1, n]),
+            Ipv4Addr::new(10, 0, 1, n),
+        );
+    }
+    bench.pass(secs(5));
+    for n in 1..=10_u8 {
+        bench.tell(Event::PortDown {
+            port: 100 + u32::from(n),
+            loss: PortLoss::Deleted,
+        });
+    }
+    bench.pass(Duration::from_millis(2010));
+    assert_eq!(bench.releases(), 1);
+    bench.pass(secs(1));
+    assert_eq!(bench.releases(), 3);
+    bench.pass(secs(4));
+    assert_eq!(bench.releases(), 10);
+}
+
+#[test]
+fn by_request_alone_an_address_must_be_seen_alive() {
+    let policy = Policy {
+        commit: Commit::Request,
+        ..Policy::default()
+    };
+    for talks in [false, true] {
+        let mut bench = Bench::new(policy.clone());
+        bench.message(bench.request(VM_PORT, VM, IP));
+        bench.vm_talks = talks;
+        bench.pass(secs(10));
+        let state = if talks {
+            State::Bound
+        } else {
+            State::Requested
+        };
+        assert_eq!(bench.state(KEY), Some(state));
+        bench.vm_talks = false;
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(secs(60));
+        assert_eq!(bench.releases(), usize::from(talks));
+    }
+}
+
+#[test]
+fn bindings_and_transactions_of_one_port_are_bounded() {
+    let mut bench = Bench::new(Policy {
+        bindings_per_port: 16,
+        ..Policy::default()
+    });
+    for n in 0..1000_u32 {
+        let [_, _, high, low] = n.to_be_bytes();
+        let mac = MacAddr([2, 0, 0, 9, high, low]);
+        let ip = Ipv4Addr::new(10, 9, high, low);
+        bench.message(Message {
+            xid: n,
+            ..bench.request(VM_PORT, mac, ip)
+        });
+        bench.message(Message {
+            xid: n,
+            ..bench.ack(VM_PORT, mac, ip)
+        });
+    }
+    assert_eq!(bench.engine.bindings().count(), 16);
+    assert!(bench.engine.counters()["bindings_refused"] > 0);
+}

@@ -1,0 +1,10 @@
+//! Bytes on the wire, made from the core's types: ARP probes and DHCPRELEASEs.
+
+#![forbid(unsafe_code)]
+
+pub mod arp;
+pub mod release;
+
+/// Shortest Ethernet frame without its checksum (IEEE 802.3): shorter ones are padded by the
+/// device or, on a software path, by nobody.
+const FRAME_MIN: usize = 60;

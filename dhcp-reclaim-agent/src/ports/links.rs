@@ -1,0 +1,800 @@
+//! Which links are ports of our bridges: pure, from link messages to port events.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Glob;
+use crate::core::{IfIndex, MacAddr, Port, PortLoss, Role};
+
+/// Links of our own carry this prefix; they are never ports.
+pub const OWN_PREFIX: &str = "dreclaim";
+
+/// What changed about the bridges and their ports, in the order in which it happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PortEvent {
+    /// A bridge of ours is there; its ports follow.
+    BridgeUp {
+        ifindex: IfIndex,
+        name: String,
+        mac: MacAddr,
+    },
+    /// It has another Ethernet address: it takes that of a port unless one was set.
+    BridgeMac { ifindex: IfIndex, mac: MacAddr },
+    /// It is gone; so are its ports, each with a `PortDown` before this.
+    BridgeDown { ifindex: IfIndex, name: String },
+    /// A port is there, has its carrier back, or has another name. The same port may come up again
+    /// without having gone down.
+    PortUp(Port),
+    /// A port lost its carrier, or is no longer there. After `CarrierLost` the link still exists;
+    /// `Deleted` or `Detached` may follow.
+    PortDown { ifindex: IfIndex, loss: PortLoss },
+    /// The kernel had dropped messages; the differences come before this.
+    Resynced,
+}
+
+/// Which bridges are followed, and which of their links count.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PortRules {
+    /// Bridges, by name.
+    pub bridges: Vec<String>,
+    /// VM ports; empty is all. A pattern limits what counts as a VM's port, a whole name also makes
+    /// it one, whatever its kind.
+    pub ports: Vec<Glob>,
+    /// Ports that lead to other hosts, besides those whose kind says so. Stronger than `ports`.
+    pub uplinks: Vec<Glob>,
+}
+
+/// What a link message tells of one link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub ifindex: IfIndex,
+    pub name: String,
+    pub master: Option<IfIndex>,
+    /// IFLA_INFO_KIND; physical devices have none.
+    pub kind: Option<String>,
+    /// A bus device is behind it (IFLA_PARENT_DEV_NAME, from Linux 5.14).
+    pub on_bus: bool,
+    /// IFF_UP: somebody wants it up.
+    pub admin_up: bool,
+    /// IFLA_CARRIER.
+    pub carrier: bool,
+    pub mac: MacAddr,
+}
+
+/// One link message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkChange {
+    Set(Link),
+    Removed(IfIndex),
+}
+
+impl PortRules {
+    /// The role of a link that is a port of one of the bridges; `None` if it does not count.
+    pub fn role(&self, link: &Link) -> Option<Role> {
+        if link.name.starts_with(OWN_PREFIX) {
+            return None;
+        }
+        let name = link.name.as_str();
+        if self.uplinks.iter().any(|glob| glob.matches(name)) {
+            return Some(Role::Uplink);
+        }
+        if self
+            .ports
+            .iter()
+            .any(|glob| glob.is_literal() && glob.matches(name))
+        {
+            return Some(Role::Vm);
+        }
+        match role_of_kind(link) {
+            // What comes from elsewhere is watched even if only some VMs are asked for: a VM that
+            // moved away shows itself there.
+            Role::Uplink => Some(Role::Uplink),
+            Role::Vm if self.ports.is_empty() => Some(Role::Vm),
+            Role::Vm => self
+                .ports
+                .iter()
+                .any(|glob| glob.matches(name))
+                .then_some(Role::Vm),
+        }
+    }
+}
+
+/// Anything unknown is a VM's: it is then believed about itself only.
+fn role_of_kind(link: &Link) -> Role {
+    let Some(kind) = link.kind.as_deref() else {
+        return Role::Uplink;
+    };
+    match kind {
+        "tun" | "veth" | "netkit" | "macvtap" | "ipvtap" => Role::Vm,
+        "bond" | "team" | "vlan" | "vxlan" | "geneve" | "macsec" | "macvlan" | "ipvlan" | "hsr"
+        | "batadv" | "bareudp" | "dsa" | "ipoib" | "amt" | "l2tp_eth" | "erspan" | "ip6erspan" => {
+            Role::Uplink
+        }
+        _ if kind.starts_with("gre") || kind.starts_with("ip6gre") => Role::Uplink,
+        _ if link.on_bus => Role::Uplink,
+        _ => Role::Vm,
+    }
+}
+
+/// All links of the namespace, and what has been told about them.
+#[derive(Debug, Default)]
+pub struct Links {
+    rules: PortRules,
+    links: BTreeMap<IfIndex, Link>,
+    bridges: BTreeMap<IfIndex, Bridge>,
+    ports: BTreeMap<IfIndex, Tracked>,
+    /// While a dump runs: the links that it or a message showed.
+    dump: Option<BTreeSet<IfIndex>>,
+}
+
+#[derive(Debug)]
+struct Bridge {
+    name: String,
+    mac: MacAddr,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    port: Port,
+    /// It had a carrier when last that could be told.
+    carrier: bool,
+    /// `CarrierLost` was told.
+    lost: bool,
+}
+
+impl Links {
+    pub fn new(rules: PortRules) -> Self {
+        Self {
+            rules,
+            ..Self::default()
+        }
+    }
+
+    /// A dump of all links begins; messages may come between its rows.
+    pub fn begin_dump(&mut self) {
+        self.dump = Some(BTreeSet::new());
+    }
+
+    /// The dump is complete: what it did not show is gone.
+    pub fn end_dump(&mut self) -> Vec<PortEvent> {
+        let Some(seen) = self.dump.take() else {
+            return Vec::new();
+        };
+        let gone: Vec<IfIndex> = self
+            .links
+            .keys()
+            .filter(|ifindex| !seen.contains(ifindex))
+            .copied()
+            .collect();
+        let mut events = Vec::new();
+        for ifindex in gone {
+            self.remove(ifindex, &mut events);
+        }
+        events
+    }
+
+    pub fn apply(&mut self, change: LinkChange) -> Vec<PortEvent> {
+        let mut events = Vec::new();
+        match change {
+            LinkChange::Set(link) => self.set(link, &mut events),
+            LinkChange::Removed(ifindex) => {
+                if let Some(seen) = &mut self.dump {
+                    seen.remove(&ifindex);
+                }
+                self.remove(ifindex, &mut events);
+            }
+        }
+        events
+    }
+
+    fn set(&mut self, link: Link, events: &mut Vec<PortEvent>) {
+        let ifindex = link.ifindex;
+        if let Some(seen) = &mut self.dump {
+            seen.insert(ifindex);
+            // Messages may be missing, a deletion among them: another face under a known index is
+            // another link.
+            if self.ports.contains_key(&ifindex)
+                && self
+                    .links
+                    .get(&ifindex)
+                    .is_some_and(|known| !same_face(known, &link))
+            {
+                self.remove(ifindex, events);
+            }
+        }
+        let (name, mac) = (link.name.clone(), link.mac);
+        self.links.insert(ifindex, link);
+        self.update_bridge(ifindex, name, mac, events);
+        self.update_port(ifindex, events);
+    }
+
+    fn remove(&mut self, ifindex: IfIndex, events: &mut Vec<PortEvent>) {
+        self.links.remove(&ifindex);
+        self.bridge_down(ifindex, events);
+        if self.ports.remove(&ifindex).is_some() {
+            events.push(PortEvent::PortDown {
+                ifindex,
+                loss: PortLoss::Deleted,
+            });
+        }
+    }
+
+    fn update_bridge(
+        &mut self,
+        ifindex: IfIndex,
+        name: String,
+        mac: MacAddr,
+        events: &mut Vec<PortEvent>,
+    ) {
+        if let Some(bridge) = self.bridges.get_mut(&ifindex) {
+            if bridge.name == name {
+                if bridge.mac != mac {
+                    bridge.mac = mac;
+                    events.push(PortEvent::BridgeMac { ifindex, mac });
+                }
+                return;
+            }
+            self.bridge_down(ifindex, events);
+        }
+        if !self.rules.bridges.contains(&name) {
+            return;
+        }
+        // Names are unique: whoever had it has lost it, though the message may still be on its way.
+        let before = self.bridges.iter().find(|(_, bridge)| bridge.name == name);
+        if let Some(before) = before.map(|(ifindex, _)| *ifindex) {
+            self.bridge_down(before, events);
+        }
+        self.bridges.insert(
+            ifindex,
+            Bridge {
+                name: name.clone(),
+                mac,
+            },
+        );
+        events.push(PortEvent::BridgeUp { ifindex, name, mac });
+        let slaves: Vec<IfIndex> = self
+            .links
+            .values()
+            .filter(|link| link.master == Some(ifindex))
+            .map(|link| link.ifindex)
+            .collect();
+        for slave in slaves {
+            self.update_port(slave, events);
+        }
+    }
+
+    fn bridge_down(&mut self, ifindex: IfIndex, events: &mut Vec<PortEvent>) {
+        let Some(bridge) = self.bridges.remove(&ifindex) else {
+            return;
+        };
+        let orphans: Vec<IfIndex> = self
+            .ports
+            .values()
+            .filter(|tracked| tracked.port.segment == ifindex)
+            .map(|tracked| tracked.port.ifindex)
+            .collect();
+        for orphan in orphans {
+            self.ports.remove(&orphan);
+            events.push(PortEvent::PortDown {
+                ifindex: orphan,
+                loss: PortLoss::Detached,
+            });
+        }
+        events.push(PortEvent::BridgeDown {
+            ifindex,
+            name: bridge.name,
+        });
+    }
+
+    fn update_port(&mut self, ifindex: IfIndex, events: &mut Vec<PortEvent>) {
+        let Some(link) = self.links.get(&ifindex) else {
+            return;
+        };
+        let wanted = link
+            .master
+            .filter(|master| self.bridges.contains_key(master))
+            .zip(self.rules.role(link))
+            .map(|(segment, role)| Port {
+                ifindex,
+                name: link.name.clone(),
+                segment,
+                role,
+            });
+
+        let same_place = |tracked: &Tracked, port: &Port| {
+            tracked.port.segment == port.segment && tracked.port.role == port.role
+        };
+        match (self.ports.get_mut(&ifindex), wanted) {
+            (None, None) => {}
+            (None, Some(port)) => {
+                // Up at first sight, carrier or not: it is watched before its guest can ask.
+                let tracked = Tracked::new(port.clone(), link);
+                self.ports.insert(ifindex, tracked);
+                events.push(PortEvent::PortUp(port));
+            }
+            (Some(_), None) => {
+                self.ports.remove(&ifindex);
+                events.push(PortEvent::PortDown {
+                    ifindex,
+                    loss: PortLoss::Detached,
+                });
+            }
+            (Some(tracked), Some(port)) if same_place(tracked, &port) => {
+                let renamed = tracked.port.name != port.name;
+                tracked.port = port;
+                let change = tracked.carrier_change(link);
+                if change.is_none() && renamed && !tracked.lost {
+                    events.push(PortEvent::PortUp(tracked.port.clone()));
+                }
+                events.extend(change);
+            }
+            (Some(tracked), Some(port)) => {
+                *tracked = Tracked::new(port.clone(), link);
+                events.push(PortEvent::PortDown {
+                    ifindex,
+                    loss: PortLoss::Detached,
+                });
+                events.push(PortEvent::PortUp(port));
+            }
+        }
+    }
+}
+
+impl Tracked {
+    fn new(port: Port, link: &Link) -> Self {
+        // The carrier of a link that is down is whatever its driver left there.
+        Self {
+            port,
+            carrier: link.admin_up && link.carrier,
+            lost: false,
+        }
+    }
+
+    fn carrier_change(&mut self, link: &Link) -> Option<PortEvent> {
+        // An uplink without carrier is still the segment's way to other hosts, and no VM's.
+        if self.port.role == Role::Uplink {
+            return None;
+        }
+        // Whoever sets our end down takes a veth's carrier with it: that says nothing about the VM,
+        // and a tap's carrier is not reported while it is down. Both speak once it is up again.
+        if !link.admin_up || link.carrier == self.carrier {
+            return None;
+        }
+        self.carrier = link.carrier;
+        if !link.carrier {
+            self.lost = true;
+            let ifindex = self.port.ifindex;
+            return Some(PortEvent::PortDown {
+                ifindex,
+                loss: PortLoss::CarrierLost,
+            });
+        }
+        // The first carrier of a port that was up without one is no news.
+        std::mem::take(&mut self.lost).then(|| PortEvent::PortUp(self.port.clone()))
+    }
+}
+
+fn same_face(known: &Link, link: &Link) -> bool {
+    known.name == link.name && known.kind == link.kind && known.mac == link.mac
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BR0: IfIndex = 4;
+    const BR1: IfIndex = 5;
+    const TAP: IfIndex = 10;
+
+    fn mac(last: u8) -> MacAddr {
+        MacAddr([2, 0, 0, 0, 0, last])
+    }
+
+    fn link(ifindex: IfIndex, name: &str, kind: Option<&str>) -> Link {
+        Link {
+            ifindex,
+            name: name.to_owned(),
+            master: None,
+            kind: kind.map(str::to_owned),
+            on_bus: false,
+            admin_up: true,
+            carrier: true,
+            mac: mac(u8::try_from(ifindex).unwrap()),
+        }
+    }
+
+    fn bridge(ifindex: IfIndex, name: &str) -> Link {
+        link(ifindex, name, Some("bridge"))
+    }
+
+    fn tap(name: &str) -> Link {
+        Link {
+            master: Some(BR0),
+            ..link(TAP, name, Some("tun"))
+        }
+    }
+
+    fn globs(patterns: &[&str]) -> Vec<Glob> {
+        patterns
+            .iter()
+            .map(|pattern| pattern.parse().unwrap())
+            .collect()
+    }
+
+    fn rules(ports: &[&str], uplinks: &[&str]) -> PortRules {
+        PortRules {
+            bridges: vec!["br0".to_owned(), "br1".to_owned()],
+            ports: globs(ports),
+            uplinks: globs(uplinks),
+        }
+    }
+
+    fn up(name: &str, segment: IfIndex, role: Role) -> PortEvent {
+        PortEvent::PortUp(Port {
+            ifindex: TAP,
+            name: name.to_owned(),
+            segment,
+            role,
+        })
+    }
+
+    fn down(loss: PortLoss) -> PortEvent {
+        PortEvent::PortDown { ifindex: TAP, loss }
+    }
+
+    fn bridge_up(ifindex: IfIndex, name: &str) -> PortEvent {
+        let mac = mac(u8::try_from(ifindex).unwrap());
+        PortEvent::BridgeUp {
+            ifindex,
+            name: name.to_owned(),
+            mac,
+        }
+    }
+
+    /// A bridge with one tap, all of it told.
+    fn running() -> Links {
+        let mut links = Links::new(rules(&[], &[]));
+        assert_eq!(
+            links.apply(LinkChange::Set(bridge(BR0, "br0"))),
+            [bridge_up(BR0, "br0")]
+        );
+        assert_eq!(
+            links.apply(LinkChange::Set(tap("tap0"))),
+            [up("tap0", BR0, Role::Vm)]
+        );
+        links
+    }
+
+    fn set(links: &mut Links, link: Link) -> Vec<PortEvent> {
+        links.apply(LinkChange::Set(link))
+    }
+
+    #[test]
+    fn roles() {
+        let all = rules(&[], &[]);
+        let some = rules(&["vnet*", "eth7"], &["vnet-up*"]);
+        let on_bus = Link {
+            on_bus: true,
+            ..link(1, "sim0", Some("netdevsim"))
+        };
+        assert_eq!(all.role(&on_bus), Some(Role::Uplink));
+        for (name, kind, of_all, of_some) in [
+            ("tap0", Some("tun"), Some(Role::Vm), None),
+            ("vnet0", Some("tun"), Some(Role::Vm), Some(Role::Vm)),
+            ("vnet1", Some("veth"), Some(Role::Vm), Some(Role::Vm)),
+            ("vnet-up0", Some("veth"), Some(Role::Vm), Some(Role::Uplink)),
+            ("mt0", Some("macvtap"), Some(Role::Vm), None),
+            ("odd0", Some("unheard-of"), Some(Role::Vm), None),
+            ("eth0", None, Some(Role::Uplink), Some(Role::Uplink)),
+            // Named in full: a VM's, though it is a physical device.
+            ("eth7", None, Some(Role::Uplink), Some(Role::Vm)),
+            // A pattern does not do that.
+            (
+                "vnet9",
+                Some("bond"),
+                Some(Role::Uplink),
+                Some(Role::Uplink),
+            ),
+            (
+                "team0",
+                Some("team"),
+                Some(Role::Uplink),
+                Some(Role::Uplink),
+            ),
+            (
+                "eth0.7",
+                Some("vlan"),
+                Some(Role::Uplink),
+                Some(Role::Uplink),
+            ),
+            ("vx7", Some("vxlan"), Some(Role::Uplink), Some(Role::Uplink)),
+            (
+                "gen0",
+                Some("geneve"),
+                Some(Role::Uplink),
+                Some(Role::Uplink),
+            ),
+            (
+                "gre0",
+                Some("gretap"),
+                Some(Role::Uplink),
+                Some(Role::Uplink),
+            ),
+            (
+                "gre6",
+                Some("ip6gretap"),
+                Some(Role::Uplink),
+                Some(Role::Uplink),
+            ),
+            ("dreclaim0", Some("veth"), None, None),
+        ] {
+            let link = link(1, name, kind);
+            assert_eq!(all.role(&link), of_all, "{name}, all");
+            assert_eq!(some.role(&link), of_some, "{name}, some");
+        }
+    }
+
+    #[test]
+    fn port_before_its_bridge() {
+        let mut links = Links::new(rules(&[], &[]));
+        assert_eq!(set(&mut links, tap("tap0")), []);
+        assert_eq!(
+            set(&mut links, bridge(BR0, "br0")),
+            [bridge_up(BR0, "br0"), up("tap0", BR0, Role::Vm)]
+        );
+    }
+
+    #[test]
+    fn a_bridge_that_is_not_ours_is_left_alone() {
+        let mut links = Links::new(rules(&[], &[]));
+        assert_eq!(set(&mut links, bridge(BR0, "docker0")), []);
+        assert_eq!(set(&mut links, tap("tap0")), []);
+        assert_eq!(links.apply(LinkChange::Removed(TAP)), []);
+    }
+
+    #[test]
+    fn deleted_and_detached_differ() {
+        let mut links = running();
+        assert_eq!(
+            set(
+                &mut links,
+                Link {
+                    master: None,
+                    ..tap("tap0")
+                }
+            ),
+            [down(PortLoss::Detached)]
+        );
+        assert_eq!(set(&mut links, tap("tap0")), [up("tap0", BR0, Role::Vm)]);
+        assert_eq!(
+            links.apply(LinkChange::Removed(TAP)),
+            [down(PortLoss::Deleted)]
+        );
+        assert_eq!(links.apply(LinkChange::Removed(TAP)), []);
+    }
+
+    #[test]
+    fn bridge_deleted_and_made_again() {
+        let mut links = running();
+        let gone = PortEvent::BridgeDown {
+            ifindex: BR0,
+            name: "br0".to_owned(),
+        };
+        assert_eq!(
+            links.apply(LinkChange::Removed(BR0)),
+            [down(PortLoss::Detached), gone]
+        );
+        assert_eq!(set(&mut links, bridge(99, "br0")), [bridge_up(99, "br0")]);
+        assert_eq!(
+            set(
+                &mut links,
+                Link {
+                    master: Some(99),
+                    ..tap("tap0")
+                }
+            ),
+            [up("tap0", 99, Role::Vm)]
+        );
+    }
+
+    #[test]
+    fn bridge_renamed_away_and_back() {
+        let mut links = running();
+        let gone = PortEvent::BridgeDown {
+            ifindex: BR0,
+            name: "br0".to_owned(),
+        };
+        assert_eq!(
+            set(&mut links, bridge(BR0, "old0")),
+            [down(PortLoss::Detached), gone]
+        );
+        assert_eq!(
+            set(&mut links, bridge(BR0, "br0")),
+            [bridge_up(BR0, "br0"), up("tap0", BR0, Role::Vm)]
+        );
+    }
+
+    #[test]
+    fn bridge_takes_the_mac_of_a_port() {
+        let mut links = running();
+        let changed = Link {
+            mac: mac(77),
+            ..bridge(BR0, "br0")
+        };
+        assert_eq!(
+            set(&mut links, changed.clone()),
+            [PortEvent::BridgeMac {
+                ifindex: BR0,
+                mac: mac(77)
+            }]
+        );
+        assert_eq!(set(&mut links, changed), []);
+    }
+
+    #[test]
+    fn port_moves_to_another_bridge_of_ours() {
+        let mut links = running();
+        set(&mut links, bridge(BR1, "br1"));
+        assert_eq!(
+            set(
+                &mut links,
+                Link {
+                    master: Some(BR1),
+                    ..tap("tap0")
+                }
+            ),
+            [down(PortLoss::Detached), up("tap0", BR1, Role::Vm)]
+        );
+    }
+
+    #[test]
+    fn rename_tells_the_new_name_and_role() {
+        let mut links = Links::new(rules(&[], &["up*"]));
+        set(&mut links, bridge(BR0, "br0"));
+        set(&mut links, tap("tap0"));
+        assert_eq!(set(&mut links, tap("tap1")), [up("tap1", BR0, Role::Vm)]);
+        assert_eq!(
+            set(&mut links, tap("up0")),
+            [down(PortLoss::Detached), up("up0", BR0, Role::Uplink)]
+        );
+    }
+
+    #[test]
+    fn carrier_lost_is_a_change_not_a_state() {
+        let mut links = Links::new(rules(&[], &[]));
+        set(&mut links, bridge(BR0, "br0"));
+        let without = Link {
+            carrier: false,
+            ..tap("tap0")
+        };
+        assert_eq!(
+            set(&mut links, without.clone()),
+            [up("tap0", BR0, Role::Vm)]
+        );
+        assert_eq!(set(&mut links, without.clone()), []);
+        assert_eq!(set(&mut links, tap("tap0")), [], "first carrier");
+        assert_eq!(
+            set(&mut links, without.clone()),
+            [down(PortLoss::CarrierLost)]
+        );
+        assert_eq!(set(&mut links, without), []);
+        assert_eq!(set(&mut links, tap("tap0")), [up("tap0", BR0, Role::Vm)]);
+    }
+
+    #[test]
+    fn deleted_after_carrier_lost_is_told_too() {
+        let mut links = running();
+        set(
+            &mut links,
+            Link {
+                carrier: false,
+                ..tap("tap0")
+            },
+        );
+        assert_eq!(
+            links.apply(LinkChange::Removed(TAP)),
+            [down(PortLoss::Deleted)]
+        );
+    }
+
+    #[test]
+    fn our_end_set_down_by_hand_is_no_loss() {
+        let mut links = running();
+        let downed = Link {
+            admin_up: false,
+            carrier: false,
+            ..tap("tap0")
+        };
+        assert_eq!(set(&mut links, downed), []);
+        assert_eq!(set(&mut links, tap("tap0")), [], "up again with carrier");
+        let downed = Link {
+            admin_up: false,
+            carrier: false,
+            ..tap("tap0")
+        };
+        set(&mut links, downed);
+        assert_eq!(
+            set(
+                &mut links,
+                Link {
+                    carrier: false,
+                    ..tap("tap0")
+                }
+            ),
+            [down(PortLoss::CarrierLost)],
+            "up again, but nobody is there"
+        );
+    }
+
+    #[test]
+    fn uplink_without_carrier_stays() {
+        let mut links = Links::new(rules(&[], &["tap0"]));
+        set(&mut links, bridge(BR0, "br0"));
+        set(&mut links, tap("tap0"));
+        assert_eq!(
+            set(
+                &mut links,
+                Link {
+                    carrier: false,
+                    ..tap("tap0")
+                }
+            ),
+            []
+        );
+    }
+
+    #[test]
+    fn dump_finds_what_messages_missed() {
+        let mut links = running();
+        links.begin_dump();
+        set(&mut links, bridge(BR0, "br0"));
+        let other = Link {
+            ifindex: 11,
+            ..tap("tap1")
+        };
+        let found = Port {
+            ifindex: 11,
+            name: "tap1".to_owned(),
+            segment: BR0,
+            role: Role::Vm,
+        };
+        assert_eq!(set(&mut links, other), [PortEvent::PortUp(found)]);
+        assert_eq!(links.end_dump(), [down(PortLoss::Deleted)]);
+        assert_eq!(links.end_dump(), []);
+    }
+
+    #[test]
+    fn dump_that_shows_the_same_says_nothing() {
+        let mut links = running();
+        links.begin_dump();
+        assert_eq!(set(&mut links, tap("tap0")), []);
+        assert_eq!(set(&mut links, bridge(BR0, "br0")), []);
+        assert_eq!(links.end_dump(), []);
+    }
+
+    #[test]
+    fn index_reused_while_messages_were_lost() {
+        let mut links = running();
+        links.begin_dump();
+        let reused = Link {
+            mac: mac(99),
+            ..tap("tap7")
+        };
+        assert_eq!(
+            set(&mut links, reused),
+            [down(PortLoss::Deleted), up("tap7", BR0, Role::Vm)]
+        );
+    }
+
+    #[test]
+    fn removed_between_the_rows_of_a_dump_stays_removed() {
+        let mut links = running();
+        links.begin_dump();
+        set(&mut links, bridge(BR0, "br0"));
+        set(&mut links, tap("tap0"));
+        assert_eq!(
+            links.apply(LinkChange::Removed(TAP)),
+            [down(PortLoss::Deleted)]
+        );
+        assert_eq!(links.end_dump(), []);
+    }
+}

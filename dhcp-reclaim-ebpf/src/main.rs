@@ -1,0 +1,482 @@
+//! The programs and their maps: one `match` from what a frame is to what becomes of it.
+//!
+//! Guests' frames are only looked at: each observer returns the verdict that hands the frame on.
+#![no_std]
+#![no_main]
+
+use core::{cell::UnsafeCell, ptr};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md},
+    helpers::{bpf_ktime_get_ns, bpf_redirect, bpf_skb_load_bytes, bpf_skb_vlan_push},
+    macros::{classifier, map, xdp},
+    maps::{Array, HashMap, PerCpuArray, RingBuf},
+    programs::{TcContext, XdpContext},
+};
+use aya_log_ebpf::debug;
+use dhcp_reclaim_ebpf::{
+    abi::{
+        Counter, DIRECTION_FROM_PORT, DIRECTION_TO_PORT, EMIT_INGRESS, EmitOrder, ORDER_ENTRIES,
+        PORT_SLOTS, PortSlot, RING_BYTES, ROLE_VM, Record, VERDICT_SENT, VERDICT_UNWATCHED,
+        VERDICT_VETOED, WATCH_ENTRIES, WATCH_IP, WATCH_MAC, WatchKey, WatchValue,
+    },
+    wire::{
+        self, FRAME_MAX, HEAD, Interest, Outcome, SOURCES_HEAD, Tag, Walk, candidate, classify,
+    },
+};
+use zerocopy::FromZeros as _;
+
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "license")]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Mapped into the agent's memory, hence the flag (`BPF_F_MMAPABLE`, Linux 5.5).
+#[map]
+static PORTS: Array<PortSlot> = Array::with_max_entries(PORT_SLOTS, 1 << 10);
+#[map]
+static WATCH: HashMap<WatchKey, WatchValue> = HashMap::with_max_entries(WATCH_ENTRIES, 0);
+#[map]
+static ORDERS: HashMap<[u8; 4], EmitOrder> = HashMap::with_max_entries(ORDER_ENTRIES, 0);
+#[map]
+static RECORDS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// Counts rounds of the agent's clock. A global and not an array of one: its address is a constant
+/// in the program, so reading it is one load, without key, bounds check and null check.
+#[unsafe(no_mangle)]
+static EPOCH: Epoch = Epoch(UnsafeCell::new(1));
+
+#[repr(transparent)]
+struct Epoch(UnsafeCell<u32>);
+
+// SAFETY: an aligned word that only the agent writes.
+unsafe impl Sync for Epoch {}
+
+/// What does not fit on the 512 bytes of stack. Per CPU: programs of one hook do not interrupt one
+/// another there.
+#[repr(C, align(8))]
+struct Scratch {
+    frame: [u8; FRAME_MAX],
+    record: Record,
+    walk: Walk,
+}
+
+/// `TC_ACT_UNSPEC`, which is also `TCX_NEXT`: the next tcx program, the next filter of clsact, or the
+/// stack, as if we were not there.
+const NEXT: i32 = TC_ACT_UNSPEC;
+
+/// What a VM, or the other side of an uplink, sends.
+#[classifier]
+pub fn vm_ingress(ctx: TcContext) -> i32 {
+    ingress(&ctx);
+    NEXT
+}
+
+/// What goes to a VM.
+#[classifier]
+pub fn vm_egress(ctx: TcContext) -> i32 {
+    // Answers are rare and nothing else is looked at: not even the port's slot, before that test.
+    if ctx.is_candidate()
+        && let Some(slot) = slot(ctx.ifindex())
+    {
+        dhcp(&ctx, slot, DIRECTION_TO_PORT);
+    }
+    NEXT
+}
+
+/// The same as [`vm_ingress`], for ports where frames arrive by XDP anyway.
+#[xdp]
+pub fn xdp_ingress(ctx: XdpContext) -> u32 {
+    ingress(&ctx);
+    xdp_action::XDP_PASS
+}
+
+/// Behind the agent's private link: the last look before a RELEASE leaves. Nothing else leaves.
+#[classifier]
+pub fn emit(ctx: TcContext) -> i32 {
+    // The agent builds the frame: Ethernet, IPv4 without options, UDP.
+    const XID: usize = 14 + 20 + 8 + 4;
+
+    let Ok(xid) = ctx.load::<[u8; 4]>(XID) else {
+        count(Counter::EmitNoOrder);
+        return TC_ACT_SHOT;
+    };
+    let Some(order) = ORDERS.get_ptr_mut(xid) else {
+        count(Counter::EmitNoOrder);
+        return TC_ACT_SHOT;
+    };
+    // SAFETY: a live map value; the agent takes the order away only after the frame was handled.
+    let order = unsafe { &mut *order };
+    let (Some(ip), Some(mac)) = (last_seen(&order.ip), last_seen(&order.mac)) else {
+        order.verdict = VERDICT_UNWATCHED;
+        count(Counter::EmitVetoed);
+        return TC_ACT_SHOT;
+    };
+    if ip > order.silent_since_ns || mac > order.silent_since_ns {
+        order.verdict = VERDICT_VETOED;
+        count(Counter::EmitVetoed);
+        debug!(&ctx, "vetoed: seen {} ns and {} ns", ip, mac);
+        return TC_ACT_SHOT;
+    }
+    let ifindex = order.ifindex;
+    let flags = if order.direction == EMIT_INGRESS { u64::from(BPF_F_INGRESS) } else { 0 };
+    let vlan = u16::from_be_bytes(order.vlan);
+    if vlan != 0 {
+        // SAFETY: the context is the one that the kernel gave us.
+        let pushed = unsafe { bpf_skb_vlan_push(ctx.skb.skb, 0x8100_u16.to_be(), vlan) };
+        if pushed != 0 {
+            return TC_ACT_SHOT;
+        }
+    }
+    order.verdict = VERDICT_SENT;
+    count(Counter::EmitSent);
+    // SAFETY: takes an interface index and flags.
+    unsafe { bpf_redirect(ifindex, flags) as i32 }
+}
+
+/// What the TC and the XDP context have in common.
+trait Context {
+    fn ifindex(&self) -> u32;
+
+    /// Length of the whole frame.
+    fn len(&self) -> u32;
+
+    fn tag(&self) -> Tag;
+
+    /// The first `N` bytes, where the kernel lets us read them in place.
+    fn head<const N: usize>(&self) -> Option<&[u8; N]>;
+
+    /// `N` bytes, wherever they are.
+    fn bytes<const N: usize>(&self, at: u32) -> Option<[u8; N]>;
+
+    /// Copies the first [`FRAME_MAX`] bytes, or all.
+    fn copy(&self, frame: &mut [u8; FRAME_MAX]) -> bool;
+
+    fn debug_rogue(&self);
+
+    #[inline(always)]
+    fn is_candidate(&self) -> bool {
+        if let Some(head) = self.head::<HEAD>() {
+            return candidate(head);
+        }
+        if self.len() < HEAD as u32 {
+            return false;
+        }
+        // The headers are not linear.
+        match self.bytes::<HEAD>(0) {
+            Some(head) => candidate(&head),
+            None => false,
+        }
+    }
+}
+
+impl Context for TcContext {
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: a field of the context that the kernel gave us.
+        unsafe { (*self.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.skb.len()
+    }
+
+    #[inline(always)]
+    fn tag(&self) -> Tag {
+        let skb: *const __sk_buff = self.skb.skb;
+        // SAFETY: fields of the context that the kernel gave us.
+        let (present, protocol, tci) =
+            unsafe { ((*skb).vlan_present, (*skb).vlan_proto, (*skb).vlan_tci) };
+        if present == 0 {
+            return Tag::NONE;
+        }
+        Tag { protocol: u16::from_be(protocol as u16), tci: tci as u16 }
+    }
+
+    #[inline(always)]
+    fn head<const N: usize>(&self) -> Option<&[u8; N]> {
+        // SAFETY: between the two pointers that the kernel gave us.
+        unsafe { head(self.data(), self.data_end()) }
+    }
+
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, at: u32) -> Option<[u8; N]> {
+        self.load(at as usize).ok()
+    }
+
+    #[inline(always)]
+    fn copy(&self, frame: &mut [u8; FRAME_MAX]) -> bool {
+        let mut len = self.skb.len();
+        if len > FRAME_MAX as u32 {
+            len = FRAME_MAX as u32;
+        }
+        // A length of zero would not pass the verifier.
+        if len < HEAD as u32 {
+            return false;
+        }
+        // SAFETY: `len` is within both the frame and the buffer.
+        unsafe { bpf_skb_load_bytes(self.as_ptr(), 0, frame.as_mut_ptr().cast(), len) == 0 }
+    }
+
+    #[inline(always)]
+    fn debug_rogue(&self) {
+        debug!(self, "rogue server behind port {}", self.ifindex());
+    }
+}
+
+/// XDP has all of the frame in place (a program that does not say that it can do with less is
+/// refused by drivers that could not promise it); `bpf_xdp_load_bytes` would ask for Linux 5.18.
+impl Context for XdpContext {
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        let md: *const xdp_md = self.ctx;
+        // SAFETY: a field of the context that the kernel gave us.
+        unsafe { (*md).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        (self.data_end() - self.data()) as u32
+    }
+
+    #[inline(always)]
+    fn tag(&self) -> Tag {
+        Tag::NONE
+    }
+
+    #[inline(always)]
+    fn head<const N: usize>(&self) -> Option<&[u8; N]> {
+        // SAFETY: between the two pointers that the kernel gave us.
+        unsafe { head(self.data(), self.data_end()) }
+    }
+
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, at: u32) -> Option<[u8; N]> {
+        // Ours are within the headers; the verifier wants to hear it.
+        let from = self.data() + (at as usize & 0xff);
+        // SAFETY: between the two pointers that the kernel gave us.
+        unsafe { head(from, self.data_end()) }.copied()
+    }
+
+    #[inline(always)]
+    fn copy(&self, frame: &mut [u8; FRAME_MAX]) -> bool {
+        let (mut from, end) = (self.data(), self.data_end());
+        let mut i = 0;
+        while i < FRAME_MAX / 8 {
+            // SAFETY: between the two pointers that the kernel gave us.
+            let Some(bytes) = (unsafe { head::<8>(from, end) }) else {
+                break;
+            };
+            let at = i * 8;
+            // SAFETY: `at + 8` is within the buffer, which is aligned to 8.
+            unsafe {
+                let word = ptr::read_unaligned(bytes.as_ptr().cast::<u64>());
+                ptr::write(frame.as_mut_ptr().add(at).cast(), word);
+            }
+            from += 8;
+            i += 1;
+        }
+        let mut at = i * 8;
+        let mut tail = 0;
+        while tail < 7 {
+            // SAFETY: between the two pointers that the kernel gave us.
+            let Some([byte]) = (unsafe { head::<1>(from, end) }) else {
+                break;
+            };
+            if at >= FRAME_MAX {
+                break;
+            }
+            frame[at & (FRAME_MAX - 1)] = *byte;
+            from += 1;
+            at += 1;
+            tail += 1;
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn debug_rogue(&self) {
+        debug!(self, "rogue server behind port {}", self.ifindex());
+    }
+}
+
+/// The one bounds check: `N` bytes from `data`, if they lie before `end`.
+///
+/// # Safety
+///
+/// The pointers are a context's `data` (or behind it) and `data_end`, and no helper that moves the
+/// frame is called while the reference lives.
+#[inline(always)]
+unsafe fn head<'a, const N: usize>(data: usize, end: usize) -> Option<&'a [u8; N]> {
+    if data + N > end {
+        return None;
+    }
+    // SAFETY: as above.
+    Some(unsafe { &*(data as *const [u8; N]) })
+}
+
+#[inline(always)]
+fn ingress<C: Context>(ctx: &C) {
+    let Some(slot) = slot(ctx.ifindex()) else {
+        return;
+    };
+    // SAFETY: see `Epoch`; volatile, since the agent writes it while we run.
+    let epoch = unsafe { ptr::read_volatile(EPOCH.0.get()) };
+    // Looked at before it is stored: the line stays shared while nothing changes.
+    if slot.seen_epoch != epoch {
+        slot.seen_epoch = epoch;
+    }
+    if slot.exact != 0 {
+        sight(ctx, slot.segment);
+    }
+    if ctx.is_candidate() {
+        dhcp(ctx, slot, DIRECTION_FROM_PORT);
+    }
+}
+
+/// The port's slot, if it is the port's.
+#[inline(always)]
+fn slot(ifindex: u32) -> Option<&'static mut PortSlot> {
+    let slot = PORTS.get_ptr_mut(ifindex & (PORT_SLOTS - 1))?;
+    // SAFETY: a live map value; what races with other CPUs is harmless (see `PortSlot`).
+    let slot = unsafe { &mut *slot };
+    if slot.ifindex != ifindex {
+        if slot.ifindex != 0 {
+            count(Counter::SlotTaken);
+        }
+        return None;
+    }
+    Some(slot)
+}
+
+/// The exact tier: notes the sources of a frame, where they are watched.
+#[inline(always)]
+fn sight<C: Context>(ctx: &C, segment: u32) {
+    let Some(head) = ctx.bytes::<SOURCES_HEAD>(0) else {
+        return;
+    };
+    let ifindex = ctx.ifindex();
+    let sources = wire::sources(&head, ctx.tag());
+    let mut key = WatchKey {
+        segment,
+        vlan: sources.vlan,
+        kind: WATCH_MAC,
+        reserved: 0,
+        address: [0; 8],
+    };
+    key.address[..6].copy_from_slice(&sources.mac);
+    note(&key, ifindex, sources.mac);
+
+    if sources.ip_at != 0
+        && let Some(ip) = ctx.bytes::<4>(sources.ip_at)
+        && ip != [0; 4]
+    {
+        key.kind = WATCH_IP;
+        key.address = [ip[0], ip[1], ip[2], ip[3], 0, 0, 0, 0];
+        note(&key, ifindex, sources.mac);
+    }
+}
+
+#[inline(always)]
+fn note(key: &WatchKey, ifindex: u32, mac: [u8; 6]) {
+    if let Some(value) = WATCH.get_ptr_mut(key) {
+        // SAFETY: a live map value; what races with other CPUs is harmless (see `WatchValue`).
+        unsafe { (*value).note(ifindex, bpf_ktime_get_ns(), mac) };
+    }
+}
+
+/// When a watched address was last seen; `None` if it is not watched.
+#[inline(always)]
+fn last_seen(key: &WatchKey) -> Option<u64> {
+    let value = WATCH.get_ptr(key)?;
+    // SAFETY: a live map value.
+    Some(unsafe { (*value).latest_ns() })
+}
+
+#[inline(always)]
+fn dhcp<C: Context>(ctx: &C, slot: &mut PortSlot, direction: u8) {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+        return;
+    };
+    // SAFETY: a live map value of this CPU.
+    let scratch = unsafe { &mut *scratch };
+    if !ctx.copy(&mut scratch.frame) {
+        return;
+    }
+    let record = &mut scratch.record;
+    record.zero();
+    match classify(&scratch.frame, ctx.len(), ctx.tag(), &mut scratch.walk, record) {
+        Outcome::Other => return,
+        Outcome::Truncated => return count(Counter::Truncated),
+        Outcome::NotDhcp => return count(Counter::NotDhcp),
+        Outcome::Message => count(Counter::Dhcp),
+    }
+    if record.anomalies != 0 {
+        count(Counter::Ambiguous);
+    }
+    match wire::interest(slot.role, direction, record) {
+        Interest::Nobody => return,
+        Interest::Push => {}
+        Interest::PushAndRemember => slot.remember(record.xid),
+        Interest::PushIfAsked => {
+            if !slot.asked(record.xid) {
+                return count(Counter::Unasked);
+            }
+        }
+        Interest::Rogue => {
+            count(Counter::RogueServer);
+            ctx.debug_rogue();
+        }
+    }
+    record.ifindex = ctx.ifindex();
+    record.direction = direction;
+    record.role = slot.role;
+    push(slot, record);
+}
+
+/// Hands the record to the agent, or counts why not.
+#[inline(always)]
+fn push(slot: &mut PortSlot, record: &mut Record) {
+    const AVAILABLE_DATA: u64 = 0;
+    const RING_SIZE: u64 = 1;
+
+    // SAFETY: takes no argument.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if !slot.take_token(now) {
+        slot.lost = slot.lost.wrapping_add(1);
+        return count(Counter::RateLimited);
+    }
+    // The last quarter is for what servers say: a VM cannot fill it.
+    let from_vm = record.role == ROLE_VM && record.direction == DIRECTION_FROM_PORT;
+    if from_vm && RECORDS.query(AVAILABLE_DATA) > RECORDS.query(RING_SIZE) / 4 * 3 {
+        slot.lost = slot.lost.wrapping_add(1);
+        return count(Counter::RingFull);
+    }
+    record.seen_ns = now;
+    record.lost = slot.lost;
+    // Flags 0: the agent is woken only if it has read all before. A forced wake-up costs 5 us.
+    if RECORDS.output::<Record>(&*record, 0).is_err() {
+        slot.lost = slot.lost.wrapping_add(1);
+        return count(Counter::RingFull);
+    }
+    count(Counter::Records);
+}
+
+#[inline(always)]
+fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: a live map value of this CPU.
+        unsafe { *value += 1 };
+    }
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
