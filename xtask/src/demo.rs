@@ -94,7 +94,7 @@ fn demo(
         "step 3: the pool is not full"
     );
 
-    let mut dead = vms.remove(0);
+    let dead = vms.remove(0);
     let ip = dead.lease().context("step 4: the first VM has no lease")?;
     agent
         .wait_event("bound", ip, PATIENCE)
@@ -107,8 +107,7 @@ fn demo(
     if args.place == Place::Remote {
         println!("  (there is an uplink: the agent first gives the VM time to show up elsewhere)");
     }
-    let took = reclaim(world, &agent, &mut dead, ip, style)?;
-    drop(dead);
+    let took = reclaim(world, &agent, dead, ip, style)?;
 
     let number = args.vms + 1;
     let name = format!("vm{number}");
@@ -145,7 +144,7 @@ fn demo(
 fn reclaim(
     world: &World,
     agent: &Agent,
-    dead: &mut Vm,
+    mut dead: Vm,
     ip: Ipv4Addr,
     style: &Style,
 ) -> Result<Duration> {
@@ -159,6 +158,9 @@ fn reclaim(
     let killed_at = dead
         .kill(KillKind::PortDeleted)
         .context("step 5, the kill")?;
+    let name = dead.name.clone();
+    // With it goes the last hold on its namespace.
+    drop(dead);
     let show = |at: Instant, text: &dyn Display| {
         let after = at.saturating_duration_since(killed_at).as_secs_f64();
         println!("  t+{after:7.3} s  {text}");
@@ -173,7 +175,7 @@ fn reclaim(
         loop {
             if let Some(event) = agent.next_event(seen, Duration::from_millis(20)) {
                 seen += 1;
-                if event.ip == Some(ip) || event.port.as_deref() == Some(&dead.name) {
+                if event.ip == Some(ip) || event.port.as_deref() == Some(&name) {
                     show(event.at, &style.dim(&describe(&event)));
                 }
             }
