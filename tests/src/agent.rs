@@ -21,7 +21,7 @@ use crate::{
     clock::{Deadline, now},
     fixture::{BRIDGE, Mac, UPLINK},
     process::Process,
-    sandbox::{BPFFS, DIR},
+    sandbox::{BPFFS, DIR, run},
     server::Place,
     watch::{tail, until},
 };
@@ -161,23 +161,25 @@ impl Setup {
     pub fn start(&self) -> Result<Agent> {
         let mut process = self.spawn()?;
         let dir = self.control.with_file_name("");
+        // Its socket may be there before it answers: ready is who has answered once.
         until(
             &dir,
-            Duration::from_secs(20),
+            Duration::from_secs(30),
             "an agent that answers",
             || {
                 process.check_alive()?;
-                Ok(UnixStream::connect(&self.control).ok())
+                if UnixStream::connect(&self.control).is_err() {
+                    return Ok(None);
+                }
+                Ok(ask(&self.control, &["list", "--json"]).ok())
             },
         )
-        .with_context(|| tail(&process.log(), 15))?;
-        let agent = Agent {
+        .with_context(|| format!("the agent's log ends:\n{}", tail(&process.log(), 15)))?;
+        Ok(Agent {
             process,
             control: self.control.clone(),
             events: Events::follow(&self.control)?,
-        };
-        agent.list()?;
-        Ok(agent)
+        })
     }
 
     /// Starts the agent without waiting for anything.
@@ -303,13 +305,10 @@ impl Agent {
     }
 
     fn ask(&self, args: &[&str]) -> Result<Value> {
-        let mut command = Command::new(binary()?);
-        let text = crate::sandbox::run(command.args(args).arg("--control").arg(&self.control))?;
-        serde_json::from_str(&text).with_context(|| format!("{args:?} answered {text:?}"))
+        ask(&self.control, args)
     }
 }
 
-/// Also a name and an address are enough to say which binding is meant.
 impl Binding {
     pub fn is_of(&self, mac: Mac) -> bool {
         self.mac.parse::<Mac>().is_ok_and(|this| this == mac)
@@ -392,6 +391,12 @@ impl FromStr for Hook {
             other => bail!("{other:?} is none of tc, xdp"),
         }
     }
+}
+
+fn ask(control: &Path, args: &[&str]) -> Result<Value> {
+    let mut command = Command::new(binary()?);
+    let text = run(command.args(args).arg("--control").arg(control))?;
+    serde_json::from_str(&text).with_context(|| format!("{args:?} answered {text:?}"))
 }
 
 /// The agent's binary: the one that is named by the environment, else the newest build.
