@@ -1,1 +1,35 @@
 //! The lab: namespaces, bridges, servers and clients that tests and `cargo xtask run` share.
+pub mod agent;
+pub mod clock;
+pub mod fixture;
+pub mod netns;
+pub mod node;
+pub mod process;
+pub mod sandbox;
+pub mod server;
+pub mod vm;
+pub mod watch;
+pub mod wire;
+pub mod world;
+
+/// A test that owns its world: it runs as the first process of a sandbox.
+///
+/// ```ignore
+/// lab_test! { fn name() { body; Ok(()) } }
+/// ```
+#[macro_export]
+macro_rules! lab_test {
+    ($($(#[$meta:meta])* fn $name:ident() $body:block)+) => {$(
+        #[test]
+        $(#[$meta])*
+        fn $name() {
+            fn body() -> anyhow::Result<()> $body
+            $crate::sandbox::test_in_world(
+                module_path!(),
+                stringify!($name),
+                std::time::Duration::from_secs(120),
+                body,
+            );
+        }
+    )+};
+}

@@ -1,0 +1,422 @@
+//! The agent under test, run and asked as a user would.
+use std::{
+    env,
+    ffi::OsString,
+    fmt,
+    io::{BufRead as _, BufReader},
+    net::Ipv4Addr,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    str::FromStr,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{
+    clock::{Deadline, now},
+    fixture::{BRIDGE, Mac, UPLINK},
+    process::Process,
+    sandbox::{BPFFS, DIR, run},
+    server::Place,
+    watch::{tail, until},
+};
+
+/// Where `cargo xtask` says that the agent is.
+pub const BIN: &str = "DHCP_RECLAIM_BIN";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    Tc,
+    Xdp,
+}
+
+pub struct Agent {
+    process: Process,
+    control: PathBuf,
+    events: Events,
+}
+
+/// How an agent is to be started.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    args: Vec<OsString>,
+    control: PathBuf,
+    name: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Binding {
+    pub ip: Ipv4Addr,
+    pub mac: String,
+    pub state: String,
+    pub port: Option<String>,
+    pub server: Option<Ipv4Addr>,
+    pub server_mac: Option<String>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// When its line was read.
+    pub at: Instant,
+    pub name: String,
+    pub ip: Option<Ipv4Addr>,
+    pub port: Option<String>,
+    pub json: Value,
+}
+
+/// What `dhcp-reclaim events --follow` says, from its start on.
+struct Events {
+    follower: Child,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    events: Mutex<Vec<Event>>,
+    more: Condvar,
+}
+
+impl Setup {
+    pub fn new(place: Place, hook: Hook) -> Self {
+        let mut setup = Self {
+            args: Vec::new(),
+            control: Path::new(DIR).join("control.sock"),
+            name: "agent".to_owned(),
+        }
+        .args(&["--bridge", BRIDGE, "--bpffs", BPFFS]);
+        if place == Place::Remote {
+            setup = setup.args(&["--uplink", UPLINK]);
+        }
+        match hook {
+            Hook::Tc => setup,
+            // XDP on the VMs' ports does not see what goes to them.
+            Hook::Xdp => setup.args(&["--hook", "xdp", "--commit", "request"]),
+        }
+    }
+
+    /// The same decisions as by default, in a tenth of the time.
+    pub fn quick(self) -> Self {
+        self.args(&[
+            "--silence",
+            "1s",
+            "--probe-interval",
+            "300ms",
+            "--misses",
+            "3",
+            "--hold-down",
+            "1s",
+            "--hold-down-uplink",
+            "1s",
+            "--hold-down-silent",
+            "2s",
+            "--settle",
+            "500ms",
+        ])
+    }
+
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(OsString::from));
+        self
+    }
+
+    /// Another socket and log, for a second agent.
+    pub fn named(mut self, name: &str) -> Self {
+        self.control = Path::new(DIR).join(format!("{name}.sock"));
+        name.clone_into(&mut self.name);
+        self
+    }
+
+    pub fn command(&self) -> Result<Command> {
+        let mut command = Command::new(binary()?);
+        command.arg("run").args(&self.args);
+        command.arg("--control").arg(&self.control);
+        Ok(command)
+    }
+
+    /// The command line without the lab's own paths, for people.
+    pub fn shown(&self) -> String {
+        let mut words = vec!["dhcp-reclaim run".to_owned()];
+        let mut args = self.args.iter().map(|arg| arg.to_string_lossy());
+        while let Some(arg) = args.next() {
+            if arg == "--bpffs" {
+                args.next();
+                continue;
+            }
+            words.push(arg.into_owned());
+        }
+        words.join(" ")
+    }
+
+    /// Where the agent's output goes.
+    pub fn log(&self) -> PathBuf {
+        Path::new(DIR).join(format!("{}.log", self.name))
+    }
+
+    /// Starts the agent and waits until it answers.
+    pub fn start(&self) -> Result<Agent> {
+        let mut process = self.spawn()?;
+        let dir = self.control.with_file_name("");
+        // Its socket may be there before it answers: ready is who has answered once.
+        until(
+            &dir,
+            Duration::from_secs(30),
+            "an agent that answers",
+            || {
+                process.check_alive()?;
+                if UnixStream::connect(&self.control).is_err() {
+                    return Ok(None);
+                }
+                Ok(ask(&self.control, &["list", "--json"]).ok())
+            },
+        )
+        .with_context(|| format!("the agent's log ends:\n{}", tail(&process.log(), 15)))?;
+        Ok(Agent {
+            process,
+            control: self.control.clone(),
+            events: Events::follow(&self.control)?,
+        })
+    }
+
+    /// Starts the agent without waiting for anything.
+    pub fn spawn(&self) -> Result<Process> {
+        Process::spawn(Path::new(DIR), &self.name, &mut self.command()?)
+    }
+}
+
+impl Agent {
+    pub fn list(&self) -> Result<Vec<Binding>> {
+        let json = self.ask(&["list", "--json"])?;
+        serde_json::from_value(json.clone()).with_context(|| format!("unexpected list: {json}"))
+    }
+
+    pub fn binding(&self, ip: Ipv4Addr) -> Result<Option<Binding>> {
+        Ok(self.list()?.into_iter().find(|binding| binding.ip == ip))
+    }
+
+    /// The state of `ip`'s binding; `none` if there is none.
+    pub fn state(&self, ip: Ipv4Addr) -> Result<String> {
+        Ok(self
+            .binding(ip)?
+            .map_or("none".to_owned(), |binding| binding.state))
+    }
+
+    pub fn explain(&self, ip: Ipv4Addr) -> Result<Value> {
+        self.ask(&["explain", &ip.to_string(), "--json"])
+    }
+
+    /// A counter of `stats`; one that was never told is an error, so that a renamed one is seen.
+    pub fn stat(&self, name: &str) -> Result<u64> {
+        let stats = self.ask(&["stats", "--json"])?;
+        let value = stats.get(name).and_then(Value::as_u64);
+        value.with_context(|| format!("no counter {name} in {stats}"))
+    }
+
+    pub fn events(&self) -> Vec<Event> {
+        self.events.lock().clone()
+    }
+
+    /// The event after the first `seen` ones.
+    pub fn next_event(&self, seen: usize, timeout: Duration) -> Option<Event> {
+        let deadline = Deadline::after(timeout);
+        let mut events = self.events.lock();
+        while events.len() <= seen && !deadline.passed() {
+            events = self
+                .events
+                .shared
+                .more
+                .wait_timeout(events, deadline.left())
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        events.get(seen).cloned()
+    }
+
+    /// Waits for an event, also one of the past.
+    pub fn wait_event(&self, name: &str, ip: Ipv4Addr, timeout: Duration) -> Result<Event> {
+        self.wait(&format!("event {name} of {ip}"), timeout, |event| {
+            event.name == name && event.ip == Some(ip)
+        })
+    }
+
+    pub fn wait_port_event(&self, name: &str, port: &str, timeout: Duration) -> Result<Event> {
+        self.wait(&format!("event {name} of {port}"), timeout, |event| {
+            event.name == name && event.port.as_deref() == Some(port)
+        })
+    }
+
+    pub fn wait(
+        &self,
+        what: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Result<Event> {
+        let deadline = Deadline::after(timeout);
+        let mut events = self.events.lock();
+        loop {
+            if let Some(event) = events.iter().find(|event| wanted(event)) {
+                return Ok(event.clone());
+            }
+            if deadline.passed() {
+                let told: Vec<_> = events.iter().map(|event| event.json.to_string()).collect();
+                bail!(
+                    "{what}: not within {timeout:?}; events so far:\n{}\nits log:\n{}",
+                    told.join("\n"),
+                    tail(&self.log(), 15),
+                );
+            }
+            events = self
+                .events
+                .shared
+                .more
+                .wait_timeout(events, deadline.left())
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// An error if an event of this name was told about `ip`.
+    pub fn ensure_no_event(&self, name: &str, ip: Ipv4Addr) -> Result<()> {
+        let events = self.events();
+        let told = events
+            .iter()
+            .find(|event| event.name == name && event.ip == Some(ip));
+        ensure!(told.is_none(), "unexpected {told:?}");
+        Ok(())
+    }
+
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// SIGTERM, and waits for a clean end.
+    pub fn stop(mut self) -> Result<()> {
+        let status = self.process.stop(Duration::from_secs(10))?;
+        ensure!(status.success(), "{status}:\n{}", tail(&self.log(), 15));
+        Ok(())
+    }
+
+    fn ask(&self, args: &[&str]) -> Result<Value> {
+        ask(&self.control, args)
+    }
+}
+
+impl Binding {
+    pub fn is_of(&self, mac: Mac) -> bool {
+        self.mac.parse::<Mac>().is_ok_and(|this| this == mac)
+    }
+}
+
+impl Events {
+    fn follow(control: &Path) -> Result<Self> {
+        let mut follower = Command::new(binary()?)
+            .args(["events", "--follow", "--json", "--control"])
+            .arg(control)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot follow events")?;
+        let stdout = follower.stdout.take().context("no pipe")?;
+        let shared = Arc::new(Shared::default());
+        std::thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                    shared
+                        .events
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(Event::parse(&line));
+                    shared.more.notify_all();
+                }
+            }
+        });
+        Ok(Self { follower, shared })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Event>> {
+        self.shared
+            .events
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        // It ends with the agent too; then there is nothing to kill.
+        let _ = self.follower.kill();
+        let _ = self.follower.wait();
+    }
+}
+
+impl Event {
+    fn parse(line: &str) -> Self {
+        let json: Value = serde_json::from_str(line).unwrap_or_else(|_| line.into());
+        let text = |field: &str| json.get(field).and_then(Value::as_str).map(str::to_owned);
+        Self {
+            at: now(),
+            name: text("event").unwrap_or_else(|| format!("not an event: {line}")),
+            ip: text("ip").and_then(|ip| ip.parse().ok()),
+            port: text("port"),
+            json,
+        }
+    }
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tc => "tc",
+            Self::Xdp => "xdp",
+        })
+    }
+}
+
+impl FromStr for Hook {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "tc" => Ok(Self::Tc),
+            "xdp" => Ok(Self::Xdp),
+            other => bail!("{other:?} is none of tc, xdp"),
+        }
+    }
+}
+
+fn ask(control: &Path, args: &[&str]) -> Result<Value> {
+    let mut command = Command::new(binary()?);
+    let text = run(command.args(args).arg("--control").arg(control))?;
+    serde_json::from_str(&text).with_context(|| format!("{args:?} answered {text:?}"))
+}
+
+/// The agent's binary: the one that is named by the environment, else the newest build.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = env::var_os(BIN) {
+        return Ok(path.into());
+    }
+    let me = env::current_exe()?;
+    let target = me
+        .ancestors()
+        .find(|dir| dir.join("CACHEDIR.TAG").exists())
+        .context("no target directory")?;
+    ["debug", "release"]
+        .map(|profile| target.join(profile).join("dhcp-reclaim"))
+        .into_iter()
+        .find(|path| path.exists())
+        .ok_or_else(|| {
+            anyhow!(
+                "no agent below {}: build it, or set {BIN}",
+                target.display()
+            )
+        })
+}

@@ -1,0 +1,449 @@
+//! DHCP servers, and what *they* have in their own stores: the judge of every test.
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    net::Ipv4Addr,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+
+use crate::{
+    clock::wall,
+    fixture::{
+        BRIDGE, LEASE_SECONDS, Mac, NETMASK, NIC, PREFIX, SERVER_IP, SERVER_MAC, SUBNET, UPLINK,
+        UPLINK_MAC, pool_ip,
+    },
+    netns::NetNs,
+    node::Node,
+    process::Process,
+    sandbox::{DIR, foreign},
+    watch::{tail, until},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServerKind {
+    Dnsmasq,
+    Kea,
+    Isc,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a namespace of its own, behind the bridge's uplink.
+    Remote,
+    /// On this node, at the bridge's own address.
+    Local,
+}
+
+/// An active lease, as the server's store has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Lease {
+    pub ip: Ipv4Addr,
+    pub mac: Mac,
+}
+
+pub struct Server {
+    pub kind: ServerKind,
+    pub place: Place,
+    netns: NetNs,
+    process: Process,
+    store: PathBuf,
+}
+
+impl Server {
+    /// Starts a server for a pool of exactly `pool` addresses, and waits until it serves.
+    pub fn start(node: &Node, kind: ServerKind, place: Place, pool: u8) -> Result<Self> {
+        let (netns, link) = match place {
+            Place::Remote => (behind_uplink(node)?, NIC),
+            Place::Local => {
+                // Kea opens no socket on a bridge without carrier, so one port is always there.
+                node.netns.ip(&format!(
+                    "addr add {SERVER_IP}/{PREFIX} dev {BRIDGE}
+                     link add idle0 type veth peer name idle1
+                     link set idle0 master {BRIDGE}
+                     link set idle0 up
+                     link set idle1 up"
+                ))?;
+                (NetNs::current()?, BRIDGE)
+            }
+        };
+        let dir = Path::new(DIR).join("server");
+        fs::create_dir_all(&dir)?;
+        let (store, mut process) = match kind {
+            ServerKind::Dnsmasq => dnsmasq(&dir, &netns, link, pool)?,
+            ServerKind::Kea => kea(&dir, &netns, link, pool)?,
+            ServerKind::Isc => isc(&dir, &netns, link, pool)?,
+        };
+        let ready: &[&str] = match kind {
+            ServerKind::Dnsmasq => &["DHCP, sockets bound"],
+            ServerKind::Kea => &["DHCP4_STARTED"],
+            ServerKind::Isc => &["Server starting service."],
+        };
+        process.wait_log(ready, Duration::from_secs(15))?;
+        Ok(Self {
+            kind,
+            place,
+            netns,
+            process,
+            store,
+        })
+    }
+
+    /// The namespace that the server listens in.
+    pub fn netns(&self) -> &NetNs {
+        &self.netns
+    }
+
+    /// The leases that the server's store has as active, sorted by address.
+    pub fn leases(&self) -> Result<Vec<Lease>> {
+        let text = self.settled_store()?;
+        let now = wall().as_secs();
+        let mut leases = match self.kind {
+            ServerKind::Dnsmasq => dnsmasq_leases(&text, now),
+            ServerKind::Kea => kea_leases(&text, now),
+            ServerKind::Isc => isc_leases(&text),
+        }
+        .with_context(|| format!("cannot read {}:\n{text}", self.store.display()))?;
+        leases.sort();
+        Ok(leases)
+    }
+
+    pub fn has(&self, ip: Ipv4Addr) -> Result<bool> {
+        Ok(self.leases()?.iter().any(|lease| lease.ip == ip))
+    }
+
+    /// Waits until the store has `ip` as `mac`'s.
+    pub fn wait_lease(&self, ip: Ipv4Addr, mac: Mac, timeout: Duration) -> Result<()> {
+        self.wait(
+            &format!("the server's lease of {ip} to {mac}"),
+            timeout,
+            |leases| leases.contains(&Lease { ip, mac }),
+        )
+    }
+
+    /// Waits until the store no longer has `ip` as anybody's.
+    pub fn wait_gone(&self, ip: Ipv4Addr, timeout: Duration) -> Result<()> {
+        self.wait(
+            &format!("the end of the server's lease of {ip}"),
+            timeout,
+            |leases| leases.iter().all(|lease| lease.ip != ip),
+        )
+    }
+
+    fn wait(
+        &self,
+        what: &str,
+        timeout: Duration,
+        mut look: impl FnMut(&[Lease]) -> bool,
+    ) -> Result<()> {
+        until(&self.store.with_file_name(""), timeout, what, || {
+            Ok(look(&self.leases()?).then_some(()))
+        })
+        .with_context(|| format!("the server's log ends:\n{}", tail(&self.log(), 15)))
+    }
+
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Kea and dhcpd append to their stores; dnsmasq truncates its file and writes it anew, so a
+    /// reader can meet it half written, and must not take that for a lease's end.
+    fn settled_store(&self) -> Result<String> {
+        const QUIET: Duration = Duration::from_millis(10);
+        let dir = self.store.with_file_name("");
+        until(&dir, Duration::from_secs(5), "a quiet lease store", || {
+            let before = stamp(&self.store)?;
+            if self.kind == ServerKind::Dnsmasq && wall().saturating_sub(before.0) < QUIET {
+                return Ok(None);
+            }
+            let text = fs::read_to_string(&self.store)?;
+            Ok((stamp(&self.store)? == before).then_some(text))
+        })
+    }
+}
+
+impl fmt::Display for ServerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Dnsmasq => "dnsmasq",
+            Self::Kea => "Kea",
+            Self::Isc => "ISC dhcpd",
+        })
+    }
+}
+
+impl FromStr for ServerKind {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "dnsmasq" => Ok(Self::Dnsmasq),
+            "kea" => Ok(Self::Kea),
+            "isc" => Ok(Self::Isc),
+            other => bail!("{other:?} is none of dnsmasq, kea, isc"),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Remote => "remote",
+            Self::Local => "local",
+        })
+    }
+}
+
+impl FromStr for Place {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "remote" => Ok(Self::Remote),
+            "local" => Ok(Self::Local),
+            other => bail!("{other:?} is none of remote, local"),
+        }
+    }
+}
+
+fn behind_uplink(node: &Node) -> Result<NetNs> {
+    let netns = NetNs::new()?;
+    node.netns.ip(&format!(
+        "link add {UPLINK} address {UPLINK_MAC} type veth peer name {NIC} address {SERVER_MAC} netns {}
+         link set {UPLINK} master {BRIDGE}
+         link set {UPLINK} up",
+        netns.path(),
+    ))?;
+    netns.ip(&format!(
+        "addr add {SERVER_IP}/{PREFIX} dev {NIC}
+         link set {NIC} up"
+    ))?;
+    Ok(netns)
+}
+
+fn last_ip(pool: u8) -> Ipv4Addr {
+    pool_ip(pool.saturating_sub(1))
+}
+
+fn dnsmasq(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Process)> {
+    let store = dir.join("dnsmasq.leases");
+    fs::write(&store, "")?;
+    let mut command = netns.command(foreign("dnsmasq")?);
+    command.args([
+        "--no-daemon",
+        "--conf-file=/dev/null",
+        "--user=root",
+        "--port=0",
+        "--bind-interfaces",
+        "--except-interface=lo",
+        // Its ping before an OFFER takes three seconds.
+        "--no-ping",
+        "--log-dhcp",
+        "--dhcp-sequential-ip",
+        "--pid-file=",
+    ]);
+    command.args([
+        format!("--interface={link}"),
+        format!(
+            "--dhcp-range={},{},{NETMASK},{LEASE_SECONDS}",
+            pool_ip(0),
+            last_ip(pool),
+        ),
+        format!("--dhcp-leasefile={}", store.display()),
+    ]);
+    Ok((store, Process::spawn(dir, "dnsmasq", &mut command)?))
+}
+
+fn kea(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Process)> {
+    let store = dir.join("kea-leases4.csv");
+    let config = json!({"Dhcp4": {
+        "interfaces-config": {"interfaces": [link], "dhcp-socket-type": "raw"},
+        "lease-database": {
+            "type": "memfile",
+            "persist": true,
+            "name": store,
+            "lfc-interval": 0,
+        },
+        "valid-lifetime": LEASE_SECONDS,
+        "subnet4": [{
+            "id": 1,
+            "subnet": format!("{SUBNET}/{PREFIX}"),
+            "pools": [{"pool": format!("{} - {}", pool_ip(0), last_ip(pool))}],
+        }],
+        "loggers": [{
+            "name": "kea-dhcp4",
+            "severity": "INFO",
+            "output_options": [{"output": "stdout"}],
+        }],
+    }});
+    let file = dir.join("kea.json");
+    fs::write(&file, serde_json::to_vec_pretty(&config)?)?;
+    let mut command = netns.command(foreign("kea-dhcp4")?);
+    command
+        .env("KEA_PIDFILE_DIR", dir)
+        .env("KEA_LOCKFILE_DIR", dir)
+        .arg("-c")
+        .arg(&file);
+    Ok((store, Process::spawn(dir, "kea", &mut command)?))
+}
+
+fn isc(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Process)> {
+    let store = dir.join("dhcpd.leases");
+    fs::write(&store, "")?;
+    let file = dir.join("dhcpd.conf");
+    fs::write(
+        &file,
+        format!(
+            "default-lease-time {LEASE_SECONDS};
+             max-lease-time {LEASE_SECONDS};
+             authoritative;
+             ping-check false;
+             subnet {SUBNET} netmask {NETMASK} {{ range {} {}; }}\n",
+            pool_ip(0),
+            last_ip(pool),
+        ),
+    )?;
+    let mut command = netns.command(foreign("dhcpd")?);
+    command
+        .args(["-4", "-f", "-d", "--no-pid", "-cf"])
+        .arg(&file)
+        .arg("-lf")
+        .arg(&store)
+        .arg(link);
+    Ok((store, Process::spawn(dir, "dhcpd", &mut command)?))
+}
+
+/// `EXPIRY MAC IP NAME CLIENT-ID` a line; a lease is gone with its line.
+fn dnsmasq_leases(text: &str, now: u64) -> Result<Vec<Lease>> {
+    let mut leases = Vec::new();
+    for line in text.lines() {
+        let mut fields = line.split_whitespace();
+        let (Some(expiry), Some(mac), Some(ip)) = (fields.next(), fields.next(), fields.next())
+        else {
+            bail!("short line {line:?}");
+        };
+        if expiry.parse::<u64>()? > now {
+            leases.push(Lease {
+                ip: ip.parse()?,
+                mac: mac.parse()?,
+            });
+        }
+    }
+    Ok(leases)
+}
+
+/// A row is appended for each change; a deleted lease's last row has no lifetime.
+fn kea_leases(text: &str, now: u64) -> Result<Vec<Lease>> {
+    let mut last = BTreeMap::new();
+    for line in whole_lines(text).skip(1) {
+        let fields: Vec<_> = line.split(',').collect();
+        // address,hwaddr,client_id,valid_lifetime,expire,subnet_id,fqdn_fwd,fqdn_rev,hostname,state
+        let [ip, mac, _, lifetime, expire, _, _, _, _, state, ..] = fields[..] else {
+            bail!("short row {line:?}");
+        };
+        let active = state == "0" && lifetime != "0" && expire.parse::<u64>()? > now;
+        // A declined address has a row without a MAC.
+        let mac = active.then(|| mac.parse::<Mac>()).transpose()?;
+        last.insert(ip.parse::<Ipv4Addr>()?, mac);
+    }
+    let lease = |(ip, mac): (Ipv4Addr, Option<Mac>)| mac.map(|mac| Lease { ip, mac });
+    Ok(last.into_iter().filter_map(lease).collect())
+}
+
+/// An entry is appended for each change; the last one counts.
+fn isc_leases(text: &str) -> Result<Vec<Lease>> {
+    let mut last = BTreeMap::new();
+    let mut entry: Option<(Ipv4Addr, Option<Mac>, bool)> = None;
+    for line in whole_lines(text).map(str::trim) {
+        if let Some(rest) = line.strip_prefix("lease ") {
+            entry = Some((rest.trim_end_matches(['{', ' ']).parse()?, None, false));
+            continue;
+        }
+        let Some((ip, mac, active)) = &mut entry else {
+            continue;
+        };
+        if let Some(state) = line.strip_prefix("binding state ") {
+            *active = state == "active;";
+        }
+        if let Some(text) = line.strip_prefix("hardware ethernet ") {
+            *mac = Some(text.trim_end_matches(';').parse()?);
+        }
+        if line == "}" {
+            last.insert(*ip, mac.filter(|_| *active));
+            entry = None;
+        }
+    }
+    let lease = |(ip, mac): (Ipv4Addr, Option<Mac>)| mac.map(|mac| Lease { ip, mac });
+    Ok(last.into_iter().filter_map(lease).collect())
+}
+
+/// Without a last line that is still being written.
+fn whole_lines(text: &str) -> impl Iterator<Item = &str> {
+    text.split_inclusive('\n')
+        .filter_map(|line| line.strip_suffix('\n'))
+}
+
+fn stamp(path: &Path) -> Result<(Duration, u64, u64)> {
+    let meta = fs::metadata(path).with_context(|| path.display().to_string())?;
+    let modified = Duration::new(
+        meta.mtime().try_into().unwrap_or(0),
+        meta.mtime_nsec().try_into().unwrap_or(0),
+    );
+    Ok((modified, meta.size(), meta.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::vm_mac;
+
+    fn lease(n: u8) -> Lease {
+        Lease {
+            ip: pool_ip(n),
+            mac: vm_mac(n),
+        }
+    }
+
+    #[test]
+    fn dnsmasq_lines() {
+        let text = "1000 02:da:00:00:00:01 10.67.0.101 vm1 01:02\n\
+                    10 02:da:00:00:00:02 10.67.0.102 * *\n";
+        assert_eq!(dnsmasq_leases(text, 500).unwrap(), [lease(1)]);
+        assert_eq!(dnsmasq_leases(text, 5).unwrap(), [lease(1), lease(2)]);
+        assert!(dnsmasq_leases("1000 02:da", 5).is_err());
+    }
+
+    #[test]
+    fn kea_last_whole_row_wins() {
+        let head = "address,hwaddr,client_id,valid_lifetime,expire,subnet_id,fqdn_fwd,fqdn_rev,\
+                    hostname,state,user_context\n";
+        let bound = "10.67.0.101,02:da:00:00:00:01,,3600,1000,1,0,0,,0,\n";
+        let freed = "10.67.0.101,02:da:00:00:00:01,,0,1000,1,0,0,,0,\n";
+        let torn = "10.67.0.101,02:da:00:00";
+        let kea = |rows: &[&str]| kea_leases(&format!("{head}{}", rows.concat()), 500).unwrap();
+        assert_eq!(kea(&[bound, torn]), [lease(1)]);
+        assert_eq!(kea(&[bound, freed]), []);
+        assert_eq!(kea(&[bound, freed, bound]), [lease(1)]);
+        assert_eq!(kea(&["10.67.0.101,,,3600,1000,1,0,0,,1,\n"]), []);
+    }
+
+    #[test]
+    fn isc_last_whole_entry_wins() {
+        let entry = |state: &str| {
+            format!(
+                "lease 10.67.0.101 {{\n  binding state {state};\n  next binding state free;\n  \
+                 hardware ethernet 02:da:00:00:00:01;\n}}\n"
+            )
+        };
+        let isc = |text: &str| isc_leases(text).unwrap();
+        assert_eq!(isc(&entry("active")), [lease(1)]);
+        assert_eq!(isc(&(entry("active") + &entry("free"))), []);
+        let torn = "lease 10.67.0.101 {\n  binding state free;\n";
+        assert_eq!(isc(&(entry("active") + torn)), [lease(1)]);
+    }
+}

@@ -1,0 +1,398 @@
+//! A VM as the node sees it: a bridge port, and behind it a kernel that takes a lease.
+use std::{
+    fs,
+    net::{Ipv4Addr, UdpSocket},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
+
+use crate::{
+    clock::now,
+    fixture::{BRIDGE, Mac, NIC, PREFIX},
+    netns::NetNs,
+    node::Node,
+    process::Process,
+    sandbox::{DIR, foreign, run},
+    watch::{tail, until},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    Udhcpc,
+    /// `udhcpc -a`: looks by ARP whether somebody has the address, and declines it then.
+    UdhcpcChecking,
+    Dhclient,
+    Dhcpcd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KillKind {
+    /// The hypervisor process dies and its tap with it.
+    PortDeleted,
+    /// It dies and leaves a persistent tap without carrier.
+    CarrierLost,
+    /// The guest's kernel is dead; the hypervisor does not know.
+    PortKept,
+}
+
+pub struct Vm {
+    pub name: String,
+    pub mac: Mac,
+    /// When its link came into being, before its client could start.
+    pub linked_at: Instant,
+    node: NetNs,
+    netns: NetNs,
+    dir: PathBuf,
+    client: Option<(Client, Process)>,
+    traffic: Vec<Traffic>,
+}
+
+impl Vm {
+    /// Makes the port `name` and boots a VM behind it, whose client asks as soon as it has a link.
+    pub fn boot(node: &Node, name: &str, mac: Mac, client: Client) -> Result<Self> {
+        let mut vm = Self::off(node, name, mac)?;
+        vm.start_client(client)?;
+        vm.plug_in()?;
+        Ok(vm)
+    }
+
+    /// A VM without a port and without a client.
+    pub fn off(node: &Node, name: &str, mac: Mac) -> Result<Self> {
+        let dir = Path::new(DIR).join(name);
+        if dir.exists() {
+            fs::remove_dir_all(&dir)?;
+        }
+        fs::create_dir_all(&dir)?;
+        Ok(Self {
+            name: name.to_owned(),
+            mac,
+            linked_at: now(),
+            node: node.netns.try_clone()?,
+            netns: NetNs::new()?,
+            dir,
+            client: None,
+            traffic: Vec::new(),
+        })
+    }
+
+    /// Makes the VM's port and puts it on the bridge. One batch, so that nothing comes between.
+    pub fn plug_in(&mut self) -> Result<()> {
+        let Self { name, mac, .. } = self;
+        let batch = self.dir.join("plug");
+        fs::write(
+            &batch,
+            format!(
+                "link add {name} type veth peer name {NIC} address {mac} netns {}
+                 link set {name} master {BRIDGE} up\n",
+                self.netns.path(),
+            ),
+        )?;
+        self.linked_at = now();
+        run(self.node.command(foreign("ip")?).arg("-batch").arg(&batch))?;
+        // A client that waits for its link has brought it up by now, or does so later.
+        self.netns.ip(&format!("link set {NIC} up"))
+    }
+
+    pub fn start_client(&mut self, client: Client) -> Result<()> {
+        let process = Process::spawn(&self.dir, "client", &mut self.client_command(client)?)?;
+        self.client = Some((client, process));
+        Ok(())
+    }
+
+    pub fn netns(&self) -> &NetNs {
+        &self.netns
+    }
+
+    /// The address that the client has been given.
+    pub fn wait_lease(&self, timeout: Duration) -> Result<Ipv4Addr> {
+        until(
+            &self.dir,
+            timeout,
+            &format!("a lease for {}", self.name),
+            || Ok(self.lease()),
+        )
+        .with_context(|| format!("its client says:\n{}", tail(&self.client_log(), 15)))
+    }
+
+    pub fn lease(&self) -> Option<Ipv4Addr> {
+        let text = fs::read_to_string(self.dir.join("lease")).ok()?;
+        let line = text
+            .split_inclusive('\n')
+            .rfind(|line| line.ends_with('\n'))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    }
+
+    pub fn client_log(&self) -> String {
+        self.client
+            .as_ref()
+            .map(|(_, process)| process.log())
+            .unwrap_or_default()
+    }
+
+    /// Has the client give its lease back, as a guest does when it shuts down.
+    pub fn release(&mut self) -> Result<()> {
+        let Some((client, process)) = &mut self.client else {
+            return Ok(());
+        };
+        match client {
+            Client::Udhcpc | Client::UdhcpcChecking => process.signal(Signal::SIGUSR2),
+            Client::Dhcpcd => process.signal(Signal::SIGALRM),
+            Client::Dhclient => {
+                process.kill();
+                let mut command = dhclient(&self.netns, &self.dir)?;
+                run(command.args(["-r", NIC])).map(drop)
+            }
+        }
+    }
+
+    /// Asks for more lease time now, instead of at T1. Only udhcpc can be asked to.
+    pub fn renew(&self) -> Result<()> {
+        let (_, process) = self.client.as_ref().context("no client")?;
+        process.signal(Signal::SIGUSR1)
+    }
+
+    pub fn ping(&self, to: Ipv4Addr) -> Result<()> {
+        let mut command = self.netns.command(foreign("busybox")?);
+        let to = to.to_string();
+        run(command.args(["ping", "-c", "1", "-W", "2", &to]))
+            .map(drop)
+            .with_context(|| format!("{} cannot reach {to}", self.name))
+    }
+
+    /// Sends a datagram to `to` every `period`, until the VM is killed, frozen or dropped.
+    pub fn send_traffic(&mut self, to: Ipv4Addr, period: Duration) -> Result<()> {
+        let socket = self.netns.enter(|| Ok(UdpSocket::bind("0.0.0.0:9")?))?;
+        self.traffic.push(Traffic::start(socket, to, period));
+        Ok(())
+    }
+
+    /// How many datagrams have been sent.
+    pub fn traffic_sent(&self) -> u64 {
+        self.traffic
+            .iter()
+            .map(|traffic| traffic.sent.load(Ordering::Relaxed))
+            .sum()
+    }
+
+    /// From now on no ARP request is answered, while everything else goes on.
+    pub fn silence_arp(&self) -> Result<()> {
+        self.netns
+            .shell("echo 8 >/proc/sys/net/ipv4/conf/all/arp_ignore")
+            .map(drop)
+    }
+
+    /// Stops the VM between two instructions: it sends nothing, and its link stays up.
+    pub fn freeze(&mut self) -> Result<()> {
+        self.traffic.clear();
+        if let Some((_, process)) = &self.client {
+            process.signal(Signal::SIGSTOP)?;
+        }
+        self.netns
+            .shell("echo 1 >/proc/sys/net/ipv4/icmp_echo_ignore_all")?;
+        self.netns.ip(&format!("link set {NIC} arp off"))
+    }
+
+    pub fn thaw(&mut self) -> Result<()> {
+        self.netns.ip(&format!("link set {NIC} arp on"))?;
+        self.netns
+            .shell("echo 0 >/proc/sys/net/ipv4/icmp_echo_ignore_all")?;
+        if let Some((_, process)) = &self.client {
+            process.signal(Signal::SIGCONT)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the VM without a word to anybody, and returns when it happened.
+    pub fn kill(&mut self, kind: KillKind) -> Result<Instant> {
+        let at = now();
+        self.traffic.clear();
+        if let Some((_, mut process)) = self.client.take() {
+            process.kill();
+        }
+        match kind {
+            KillKind::PortDeleted => self.unplug()?,
+            KillKind::CarrierLost => self.netns.ip(&format!("link set {NIC} down"))?,
+            KillKind::PortKept => {
+                self.netns.ip(&format!(
+                    "link set {NIC} arp off
+                     addr flush dev {NIC}"
+                ))?;
+            }
+        }
+        Ok(at)
+    }
+
+    /// Takes the port away and leaves the guest running without a link.
+    pub fn unplug(&self) -> Result<()> {
+        self.node.ip(&format!("link del {}", self.name))
+    }
+
+    /// Gives the guest its address back after [`Vm::plug_in`]: its client still holds the lease.
+    pub fn configure(&self, ip: Ipv4Addr) -> Result<()> {
+        self.netns
+            .ip(&format!("addr replace {ip}/{PREFIX} dev {NIC}"))
+    }
+
+    fn client_command(&self, client: Client) -> Result<std::process::Command> {
+        let lease = self.dir.join("lease");
+        let script = self.dir.join("script");
+        let text = match client {
+            Client::Udhcpc | Client::UdhcpcChecking => UDHCPC_SCRIPT,
+            Client::Dhclient => DHCLIENT_SCRIPT,
+            Client::Dhcpcd => DHCPCD_SCRIPT,
+        };
+        fs::write(
+            &script,
+            text.replace("@LEASE@", &lease.display().to_string()),
+        )?;
+        run(std::process::Command::new("chmod").arg("755").arg(&script))?;
+        let mut command = match client {
+            Client::Udhcpc | Client::UdhcpcChecking => {
+                // busybox's own wait for a link is a second long.
+                let mut command = self.netns.command("/bin/sh");
+                command.args(["-c", WHEN_LINKED, "sh"]);
+                command.arg(foreign("udhcpc")?);
+                command.args(["-f", "-i", NIC, "-t", "20", "-T", "1", "-A", "1"]);
+                command.args(["-x", &format!("hostname:{}", self.name), "-s"]);
+                command.arg(&script);
+                if client == Client::UdhcpcChecking {
+                    command.arg("-a200");
+                }
+                command
+            }
+            Client::Dhclient => {
+                let mut command = self.netns.command("/bin/sh");
+                let dhclient = dhclient(&self.netns, &self.dir)?;
+                command.args(["-c", WHEN_LINKED, "sh"]);
+                command
+                    .arg(dhclient.get_program())
+                    .args(dhclient.get_args());
+                command.args(["-d", NIC]);
+                command
+            }
+            Client::Dhcpcd => {
+                let mut command = self.netns.command("/usr/bin/unshare");
+                command.args(["--mount", "/bin/sh", "-c", DHCPCD_HOME, "sh"]);
+                command.args(["/bin/sh", "-c", WHEN_LINKED, "sh"]);
+                command.arg(foreign("dhcpcd")?);
+                command.args(["-B", "-4", "-A", "--noipv6rs", "-f", "/dev/null", "-c"]);
+                command.arg(&script).arg(NIC);
+                command
+            }
+        };
+        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        Ok(command)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Processes first: without the last one the namespace goes, and the link with it.
+        self.traffic.clear();
+        self.client = None;
+    }
+}
+
+fn dhclient(netns: &NetNs, dir: &Path) -> Result<std::process::Command> {
+    let config = dir.join("dhclient.conf");
+    fs::write(&config, "timeout 10; retry 1; initial-interval 1;\n")?;
+    let mut command = netns.command(foreign("dhclient")?);
+    command.args(["-4", "-v", "-cf"]).arg(&config);
+    command.arg("-sf").arg(dir.join("script"));
+    command.arg("-lf").arg(dir.join("dhclient.leases"));
+    command.arg("-pf").arg(dir.join("dhclient.pid"));
+    Ok(command)
+}
+
+/// Runs its arguments as soon as the link is there, as a guest that boots does.
+const WHEN_LINKED: &str = r#"
+until ip link set eth0 up 2>/dev/null; do :; done
+exec "$@"
+"#;
+
+const UDHCPC_SCRIPT: &str = r#"#!/bin/sh
+case "$1" in
+deconfig)
+    ip addr flush dev "$interface"
+    ip link set "$interface" up
+    ;;
+bound | renew)
+    ip addr replace "$ip/$mask" dev "$interface"
+    echo "$1 $ip" >>@LEASE@
+    ;;
+esac
+"#;
+
+const DHCLIENT_SCRIPT: &str = r#"#!/bin/sh
+case "$reason" in
+PREINIT) ip link set "$interface" up ;;
+BOUND | RENEW | REBIND | REBOOT)
+    ip addr replace "$new_ip_address/24" dev "$interface"
+    echo "$reason $new_ip_address" >>@LEASE@
+    ;;
+EXPIRE | FAIL | RELEASE | STOP) ip addr flush dev "$interface" ;;
+esac
+"#;
+
+const DHCPCD_SCRIPT: &str = r#"#!/bin/sh
+case "$reason" in
+BOUND | RENEW | REBIND | REBOOT) echo "$reason $new_ip_address" >>@LEASE@ ;;
+esac
+"#;
+
+/// dhcpcd knows one place for its files; each VM gets its own.
+const DHCPCD_HOME: &str = r#"
+for dir in /var/lib/dhcpcd /run/dhcpcd; do
+    mkdir -p "$dir"
+    mount -t tmpfs none "$dir"
+done
+exec "$@"
+"#;
+
+/// Datagrams at a steady pace.
+struct Traffic {
+    sent: Arc<AtomicU64>,
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Traffic {
+    fn start(socket: UdpSocket, to: Ipv4Addr, period: Duration) -> Self {
+        let sent = Arc::new(AtomicU64::new(0));
+        let (stop, stopped) = mpsc::channel();
+        let thread = std::thread::spawn({
+            let sent = Arc::clone(&sent);
+            move || {
+                while stopped.recv_timeout(period) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    if socket.send_to(b"busy", (to, 9)).is_ok() {
+                        sent.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
+        });
+        Self {
+            sent,
+            stop: Some(stop),
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // It ends with its channel; one that panicked has ended already.
+            let _ = thread.join();
+        }
+    }
+}

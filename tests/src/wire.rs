@@ -1,0 +1,275 @@
+//! What really passes on a wire: a packet socket in some namespace, and just enough parsing.
+use std::{
+    net::Ipv4Addr,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::{
+    errno::Errno,
+    libc,
+    net::if_::if_nametoindex,
+    sys::{
+        socket::{LinkAddr, recvfrom, setsockopt, sockopt},
+        time::TimeVal,
+    },
+};
+
+use crate::{
+    clock::{Deadline, now},
+    fixture::Mac,
+    netns::NetNs,
+};
+
+const ETH_P_ALL: u16 = 0x0003;
+
+/// Everything that one link sends and receives, from the moment of its making.
+pub struct Capture {
+    shared: Arc<Shared>,
+    reader: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    frames: Mutex<Vec<Frame>>,
+    more: Condvar,
+    stop: AtomicBool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Frame {
+    pub at: Instant,
+    /// Sent by the host that captures, not received.
+    pub outgoing: bool,
+    pub bytes: Vec<u8>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arp {
+    pub op: u16,
+    pub sender_mac: Mac,
+    pub sender_ip: Ipv4Addr,
+    pub target_ip: Ipv4Addr,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dhcp {
+    pub from_mac: Mac,
+    pub to_mac: Mac,
+    pub from_ip: Ipv4Addr,
+    pub to_ip: Ipv4Addr,
+    pub ciaddr: Ipv4Addr,
+    pub yiaddr: Ipv4Addr,
+    pub chaddr: Mac,
+    pub options: Vec<(u8, Vec<u8>)>,
+}
+
+pub const DISCOVER: u8 = 1;
+pub const REQUEST: u8 = 3;
+pub const DECLINE: u8 = 4;
+pub const NAK: u8 = 6;
+pub const RELEASE: u8 = 7;
+
+impl Capture {
+    /// Captures on `link` of `netns`; it runs once this returns.
+    pub fn start(netns: &NetNs, link: &str) -> Result<Self> {
+        let (socket, index) = netns.enter(|| {
+            let index = if_nametoindex(link).with_context(|| link.to_owned())?;
+            Ok((packet_socket()?, usize::try_from(index)?))
+        })?;
+        // Only so that the reader looks at its stop flag now and then.
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(0, 50_000))?;
+        let shared = Arc::new(Shared::default());
+        let reader = std::thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || read(&socket, index, &shared)
+        });
+        Ok(Self {
+            shared,
+            reader: Some(reader),
+        })
+    }
+
+    pub fn frames(&self) -> Vec<Frame> {
+        self.lock().clone()
+    }
+
+    pub fn count(&self, wanted: impl Fn(&Frame) -> bool) -> usize {
+        self.lock().iter().filter(|frame| wanted(frame)).count()
+    }
+
+    /// DHCP messages of this type, from clients and servers.
+    pub fn dhcp(&self, kind: u8) -> Vec<Dhcp> {
+        let frames = self.lock();
+        let messages = frames.iter().filter_map(Frame::dhcp);
+        messages.filter(|dhcp| dhcp.kind() == Some(kind)).collect()
+    }
+
+    /// Waits for a frame, also one of the past.
+    pub fn wait(
+        &self,
+        what: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Frame) -> bool,
+    ) -> Result<Frame> {
+        let deadline = Deadline::after(timeout);
+        let mut frames = self.lock();
+        loop {
+            if let Some(frame) = frames.iter().find(|frame| wanted(frame)) {
+                return Ok(frame.clone());
+            }
+            if deadline.passed() {
+                bail!("{what}: not on the wire within {timeout:?}");
+            }
+            frames = self
+                .shared
+                .more
+                .wait_timeout(frames, deadline.left())
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Frame>> {
+        self.shared
+            .frames
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        if let Some(reader) = self.reader.take() {
+            // A reader that panicked has nothing left to stop.
+            let _ = reader.join();
+        }
+    }
+}
+
+impl Frame {
+    pub fn from_mac(&self) -> Option<Mac> {
+        Some(Mac(array(&self.bytes, 6)?))
+    }
+
+    pub fn arp(&self) -> Option<Arp> {
+        let bytes = &self.bytes;
+        if array(bytes, 12)? != [0x08, 0x06] || array(bytes, 14)? != [0, 1, 8, 0, 6, 4] {
+            return None;
+        }
+        Some(Arp {
+            op: u16::from_be_bytes(array(bytes, 20)?),
+            sender_mac: Mac(array(bytes, 22)?),
+            sender_ip: Ipv4Addr::from(array::<4>(bytes, 28)?),
+            target_ip: Ipv4Addr::from(array::<4>(bytes, 38)?),
+        })
+    }
+
+    /// Untagged, unfragmented, without IP options: what the lab's clients, servers and agent send.
+    pub fn dhcp(&self) -> Option<Dhcp> {
+        let bytes = &self.bytes;
+        if array(bytes, 12)? != [0x08, 0x00, 0x45] || array(bytes, 23)? != [17] {
+            return None;
+        }
+        let ports = [
+            u16::from_be_bytes(array(bytes, 34)?),
+            u16::from_be_bytes(array(bytes, 36)?),
+        ];
+        if !ports.iter().all(|port| [67, 68].contains(port)) {
+            return None;
+        }
+        let bootp = bytes.get(42..)?;
+        if array(bootp, 236)? != [99, 130, 83, 99] {
+            return None;
+        }
+        Some(Dhcp {
+            to_mac: Mac(array(bytes, 0)?),
+            from_mac: Mac(array(bytes, 6)?),
+            from_ip: Ipv4Addr::from(array::<4>(bytes, 26)?),
+            to_ip: Ipv4Addr::from(array::<4>(bytes, 30)?),
+            ciaddr: Ipv4Addr::from(array::<4>(bootp, 12)?),
+            yiaddr: Ipv4Addr::from(array::<4>(bootp, 16)?),
+            chaddr: Mac(array(bootp, 28)?),
+            options: options(bootp.get(240..)?),
+        })
+    }
+}
+
+impl Dhcp {
+    pub fn kind(&self) -> Option<u8> {
+        self.option(53)?.first().copied()
+    }
+
+    pub fn option(&self, code: u8) -> Option<&[u8]> {
+        let found = self.options.iter().find(|(this, _)| *this == code);
+        found.map(|(_, value)| value.as_slice())
+    }
+}
+
+fn options(mut rest: &[u8]) -> Vec<(u8, Vec<u8>)> {
+    let mut found = Vec::new();
+    loop {
+        match rest {
+            [] | [255, ..] => return found,
+            [0, tail @ ..] => rest = tail,
+            [code, length, tail @ ..] => {
+                let Some((value, tail)) = tail.split_at_checked(usize::from(*length)) else {
+                    return found;
+                };
+                found.push((*code, value.to_vec()));
+                rest = tail;
+            }
+            [_] => return found,
+        }
+    }
+}
+
+fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at + N)?.try_into().ok()
+}
+
+/// Without a bind it hears every link of the namespace that it was made in.
+fn packet_socket() -> Result<OwnedFd> {
+    // SAFETY: takes and returns integers.
+    let fd = unsafe {
+        libc::socket(
+            libc::AF_PACKET,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+            i32::from(ETH_P_ALL.to_be()),
+        )
+    };
+    let fd = Errno::result(fd).context("cannot open a packet socket")?;
+    // SAFETY: the kernel just gave us this descriptor, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn read(socket: &OwnedFd, index: usize, shared: &Shared) {
+    let mut buffer = vec![0; 65536];
+    while !shared.stop.load(Ordering::Relaxed) {
+        // A link that goes down or away wakes us with an error; the next one may still come.
+        let Ok((length, Some(from))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer) else {
+            continue;
+        };
+        if from.ifindex() != index {
+            continue;
+        }
+        let frame = Frame {
+            at: now(),
+            outgoing: from.pkttype() == libc::PACKET_OUTGOING,
+            bytes: buffer[..length].to_vec(),
+        };
+        shared
+            .frames
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(frame);
+        shared.more.notify_all();
+    }
+}

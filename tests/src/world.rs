@@ -1,0 +1,44 @@
+//! A node, a DHCP server and VMs: what a test or the demo starts with.
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    agent::{Hook, Setup},
+    fixture::vm_mac,
+    node::Node,
+    server::{Place, Server, ServerKind},
+    vm::{Client, Vm},
+};
+
+/// Long for a slow machine; nothing waits for it when things go well.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub struct World {
+    pub node: Node,
+    pub server: Server,
+}
+
+impl World {
+    /// A server of this kind in this place, with a pool of exactly `pool` addresses.
+    pub fn new(kind: ServerKind, place: Place, pool: u8) -> Result<Self> {
+        let node = Node::new().context("cannot make the node")?;
+        let server = Server::start(&node, kind, place, pool)
+            .with_context(|| format!("cannot start {kind} ({place})"))?;
+        Ok(Self { node, server })
+    }
+
+    /// An agent for this world, not started yet.
+    pub fn agent(&self, hook: Hook) -> Setup {
+        Setup::new(self.server.place, hook)
+    }
+
+    /// Boots VM number `number` behind port `vm<number>`.
+    pub fn boot(&self, number: u8) -> Result<Vm> {
+        self.boot_client(number, Client::Udhcpc)
+    }
+
+    pub fn boot_client(&self, number: u8, client: Client) -> Result<Vm> {
+        Vm::boot(&self.node, &format!("vm{number}"), vm_mac(number), client)
+    }
+}

@@ -1,0 +1,300 @@
+//! The main job, shown: a VM dies, and its address comes back. Runs inside of the sandbox.
+use std::{
+    collections::BTreeMap,
+    fmt::Display,
+    fs,
+    io::{IsTerminal as _, stdout},
+    net::Ipv4Addr,
+    os::fd::AsFd as _,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use dhcp_reclaim_tests::{
+    agent::{Agent, Event, Setup, binary},
+    clock::{Deadline, now},
+    fixture::{BRIDGE, LEASE_SECONDS, NIC, SERVER_IP, vm_mac},
+    netns::NetNs,
+    sandbox,
+    server::{Place, Server},
+    vm::{KillKind, Vm},
+    watch::tail,
+    wire::{Capture, Dhcp, RELEASE},
+    world::{PATIENCE, World},
+};
+
+use crate::run::{KEPT, LabArgs};
+
+/// The default hold-down with an uplink, and room for a slow machine.
+const RECLAIM_PATIENCE: Duration = Duration::from_secs(40);
+
+pub fn main(args: &LabArgs) -> Result<ExitCode> {
+    sandbox::enter()?;
+    let style = Style {
+        colour: stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+    };
+    let world = World::new(args.server, args.place, args.vms)?;
+    let setup = world.agent(args.hook);
+    let mut vms = Vec::new();
+    match demo(args, &world, &setup, &mut vms, &style) {
+        Ok(agent) if args.keep => keep(&world, &vms, &agent),
+        Ok(_) => Ok(ExitCode::SUCCESS),
+        Err(error) => {
+            println!("\n{} {error:#}", style.red("FAILED:"));
+            let agent_log = fs::read_to_string(setup.log()).unwrap_or_default();
+            println!("\nthe agent's log ends:\n{}", tail(&agent_log, 20));
+            println!(
+                "\nthe server's log ends:\n{}",
+                tail(&world.server.log(), 20)
+            );
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+fn demo(
+    args: &LabArgs,
+    world: &World,
+    setup: &Setup,
+    vms: &mut Vec<Vm>,
+    style: &Style,
+) -> Result<Agent> {
+    let server = &world.server;
+    println!("\n{}", style.bold("A VM dies, and its address comes back"));
+    let place = match args.place {
+        Place::Remote => "on another host, behind the bridge's uplink",
+        Place::Local => "on this node, at the bridge's own address",
+    };
+    println!("  server  {} at {SERVER_IP}, {place}", args.server);
+    println!("  pool    {} addresses for {} VMs", args.vms, args.vms);
+    println!("  agent   {}", setup.shown());
+    let agent = setup.start().context("step 1, starting the agent")?;
+
+    for number in 1..=args.vms {
+        vms.push(
+            world
+                .boot(number)
+                .with_context(|| format!("step 2, booting vm{number}"))?,
+        );
+    }
+    let mut owners = BTreeMap::new();
+    for vm in &*vms {
+        let ip = vm.wait_lease(PATIENCE).context("step 3, leases")?;
+        server
+            .wait_lease(ip, vm.mac, PATIENCE)
+            .context("step 3, leases")?;
+        // A guest that talks: without it an address has never been seen alive.
+        vm.ping(SERVER_IP).context("step 3, leases")?;
+        owners.insert(ip, vm.name.clone());
+    }
+    print_leases(server, &owners, style)?;
+    ensure!(
+        server.leases()?.len() == usize::from(args.vms),
+        "step 3: the pool is not full"
+    );
+
+    let dead = vms.remove(0);
+    let ip = dead.lease().context("step 4: the first VM has no lease")?;
+    agent
+        .wait_event("bound", ip, PATIENCE)
+        .or_else(|_| agent.wait_event("requested", ip, PATIENCE))
+        .context("step 4, the agent has learned the lease from the wire")?;
+    println!(
+        "\n{}",
+        style.bold(&format!("{} is killed, and its port with it", dead.name))
+    );
+    if args.place == Place::Remote {
+        println!("  (there is an uplink: the agent first gives the VM time to show up elsewhere)");
+    }
+    let took = reclaim(world, &agent, dead, ip, style)?;
+
+    let number = args.vms + 1;
+    let name = format!("vm{number}");
+    println!(
+        "\n{}",
+        style.bold(&format!("{name} boots, on the pool that was full"))
+    );
+    let vm = world.boot(number).context("step 6, the next VM")?;
+    let got = vm
+        .wait_lease(PATIENCE)
+        .context("step 6, the next VM's lease")?;
+    server
+        .wait_lease(got, vm_mac(number), PATIENCE)
+        .context("step 6, the next VM's lease")?;
+    ensure!(got == ip, "step 6: {name} got {got}, not the freed {ip}");
+    owners.insert(ip, name);
+    vms.push(vm);
+    print_leases(server, &owners, style)?;
+    for vm in &*vms {
+        vm.ping(SERVER_IP)
+            .context("step 7, the living keep their traffic")?;
+    }
+
+    println!(
+        "\n{} {ip} was free {:.1} s after the kill; without the agent, {} min later.",
+        style.green("ok:"),
+        took.as_secs_f64(),
+        LEASE_SECONDS / 60,
+    );
+    Ok(agent)
+}
+
+/// Kills `dead` and shows what happens until the server's own store has its address as free.
+fn reclaim(
+    world: &World,
+    agent: &Agent,
+    mut dead: Vm,
+    ip: Ipv4Addr,
+    style: &Style,
+) -> Result<Duration> {
+    let server = &world.server;
+    let link = match server.place {
+        Place::Remote => NIC,
+        Place::Local => BRIDGE,
+    };
+    let wire = Capture::start(server.netns(), link)?;
+    let mut seen = agent.events().len();
+    let killed_at = dead
+        .kill(KillKind::PortDeleted)
+        .context("step 5, the kill")?;
+    let name = dead.name.clone();
+    // With it goes the last hold on its namespace.
+    drop(dead);
+    let show = |at: Instant, text: &dyn Display| {
+        let after = at.saturating_duration_since(killed_at).as_secs_f64();
+        println!("  t+{after:7.3} s  {text}");
+    };
+    show(killed_at, &"killed");
+
+    std::thread::scope(|scope| {
+        let freed = scope.spawn(|| server.wait_gone(ip, RECLAIM_PATIENCE).map(|()| now()));
+        let mut on_wire = false;
+        // Once the server has said it, what the agent still has to say is worth a moment.
+        let mut last_words = None;
+        loop {
+            if let Some(event) = agent.next_event(seen, Duration::from_millis(20)) {
+                seen += 1;
+                if event.ip == Some(ip) || event.port.as_deref() == Some(&name) {
+                    show(event.at, &style.dim(&describe(&event)));
+                }
+            }
+            let frame = wire.frames().into_iter().find(|frame| {
+                let ours = |dhcp: &Dhcp| dhcp.kind() == Some(RELEASE) && dhcp.ciaddr == ip;
+                frame.dhcp().is_some_and(|dhcp| ours(&dhcp))
+            });
+            if let (false, Some(frame)) = (on_wire, frame) {
+                on_wire = true;
+                show(frame.at, &format!("RELEASE of {ip} on the wire"));
+            }
+            if freed.is_finished() && last_words.is_none() {
+                last_words = Some(Deadline::after(Duration::from_millis(300)));
+            }
+            let over = agent.events().len() == seen && last_words.is_some_and(Deadline::passed);
+            if over {
+                break;
+            }
+        }
+        let freed_at = match freed.join() {
+            Ok(freed) => freed.context("step 5, the server frees the address")?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        show(
+            freed_at,
+            &style.green(&format!("gone from {}'s own lease store", server.kind)),
+        );
+        ensure!(
+            on_wire,
+            "step 5: the lease went, but no RELEASE was on the wire"
+        );
+        Ok(freed_at - killed_at)
+    })
+}
+
+fn describe(event: &Event) -> String {
+    let reason = event.json.get("reason").and_then(|reason| reason.as_str());
+    let reason = reason.filter(|reason| !reason.is_empty());
+    let name = event.name.replace('-', " ");
+    reason.map_or(format!("agent: {name}"), |reason| {
+        format!("agent: {name} ({reason})")
+    })
+}
+
+fn print_leases(server: &Server, owners: &BTreeMap<Ipv4Addr, String>, style: &Style) -> Result<()> {
+    println!(
+        "\n{}",
+        style.bold(&format!("leases, as {} has them", server.kind))
+    );
+    for lease in server.leases()? {
+        let owner = owners.get(&lease.ip).map_or("?", String::as_str);
+        println!("  {:<12}  {}  {owner}", lease.ip, lease.mac);
+    }
+    Ok(())
+}
+
+/// Lets go of whoever started us, and stays until somebody kills this process.
+fn keep(world: &World, vms: &[Vm], agent: &Agent) -> Result<ExitCode> {
+    let node = NetNs::current()?;
+    let mut nets = BTreeMap::from([
+        ("node".to_owned(), node.fd()),
+        ("server".to_owned(), world.server.netns().fd()),
+    ]);
+    nets.extend(vms.iter().map(|vm| (vm.name.clone(), vm.netns().fd())));
+
+    let agent_bin = binary()?;
+    let ask = format!("cargo xtask lab-shell -- {}", agent_bin.display());
+    let control = agent.control().display();
+    println!("\nThe lab stays up. Inside of it:");
+    for command in ["list", "events --follow", "stats"] {
+        println!("  {ask} {command} --control {control}");
+    }
+    println!(
+        "  cargo xtask lab-shell vm2                      a shell in a VM; also: node, server"
+    );
+    println!("  cargo xtask lab-shell node -- ip link del vm3  kill another one");
+    println!("  cargo xtask lab-shell node -- ls /run/lab      logs, leases, configurations");
+    println!("  cargo xtask lab-down                           take it down");
+
+    // Whoever reads our output must not wait for the lab's end.
+    let null = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
+    sandbox::outlive_parent()?;
+    nix::unistd::dup2_stdin(null.as_fd())?;
+    nix::unistd::dup2_stdout(null.as_fd())?;
+    nix::unistd::dup2_stderr(null.as_fd())?;
+    fs::write(KEPT, serde_json::to_vec(&nets)?)?;
+    loop {
+        std::thread::park();
+    }
+}
+
+struct Style {
+    colour: bool,
+}
+
+impl Style {
+    fn paint(&self, code: &str, text: &str) -> String {
+        match self.colour {
+            true => format!("\x1b[{code}m{text}\x1b[0m"),
+            false => text.to_owned(),
+        }
+    }
+
+    fn bold(&self, text: &str) -> String {
+        self.paint("1", text)
+    }
+
+    fn dim(&self, text: &str) -> String {
+        self.paint("2", text)
+    }
+
+    fn green(&self, text: &str) -> String {
+        self.paint("32", text)
+    }
+
+    fn red(&self, text: &str) -> String {
+        self.paint("31", text)
+    }
+}

@@ -1,0 +1,237 @@
+//! `cargo xtask test`: format, lints, and every test, with one line at the end that counts them.
+use std::{
+    io::BufReader,
+    process::{Command, ExitCode, Stdio},
+    thread::available_parallelism,
+};
+
+use anyhow::{Context as _, Result, bail};
+use dhcp_reclaim_tests::agent::BIN;
+
+use crate::{
+    cargo::{self, Built, build_agent, cargo},
+    guard::{End, Guarded, Signals, as_root},
+    setup::{self, Scope},
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Only the tests whose names contain this, without format and lints
+    filter: Option<String>,
+}
+
+/// The kernel half's binary links for BPF only; its library is what the host can test.
+const HOST: &[&str] = &[
+    "-p",
+    "dhcp-reclaim-agent",
+    "-p",
+    "dhcp-reclaim-tests",
+    "-p",
+    "xtask",
+];
+const KERNEL_HALF: &[&str] = &["-p", "dhcp-reclaim-ebpf", "--lib"];
+const LAB_PACKAGE: &str = "tests";
+
+#[derive(Default)]
+struct Summary {
+    suites: Vec<(String, Count)>,
+    interrupted: Option<i32>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Count {
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+pub fn main(args: &Args) -> Result<ExitCode> {
+    setup::ensure(Scope::Lab)?;
+    let mut summary = Summary::default();
+    if args.filter.is_none() {
+        summary.check("format", cargo().args(["fmt", "--all", "--check"]))?;
+        let clippy = |what: &[&str], targets: &[&str]| {
+            let mut command = cargo();
+            command.arg("clippy").args(what).args(targets);
+            command.args(["--", "-D", "warnings"]);
+            command
+        };
+        summary.check("clippy", &mut clippy(HOST, &["--all-targets"]))?;
+        summary.check(
+            "clippy, kernel half",
+            &mut clippy(KERNEL_HALF, &["--tests"]),
+        )?;
+    }
+
+    // Everything is built before anything runs, and as the user.
+    let agent = build_agent()?;
+    let host = cargo::build(&[&["test", "--no-run"], HOST].concat())?;
+    let kernel = cargo::build(&[&["test", "--no-run"], KERNEL_HALF].concat())?;
+    let (mut unit, mut system): (Vec<_>, Vec<_>) = host
+        .into_iter()
+        .chain(kernel)
+        .filter(|built| built.executable != agent)
+        .partition(|built| built.kind != "test");
+    unit.sort_by(|a, b| a.package.cmp(&b.package));
+    // The lab tests itself before others rely on it.
+    system.sort_by_key(|built| {
+        (
+            built.package != LAB_PACKAGE,
+            built.name != "lab",
+            built.name.clone(),
+        )
+    });
+
+    let signals = Signals::catch()?;
+    for built in &unit {
+        let mut command = Command::new(&built.executable);
+        command.stdin(Stdio::null());
+        summary.run(built, args, command, &[], &signals)?;
+    }
+    for built in &system {
+        // Each test owns its world and mostly waits; more than this would only stretch the waits.
+        let threads = (2 * available_parallelism().map_or(1, usize::from)).min(8);
+        let command = [built.executable.clone().into()];
+        let command = as_root(&command, &[(BIN, agent.clone().into())])?;
+        summary.run(
+            built,
+            args,
+            command,
+            &[format!("--test-threads={threads}")],
+            &signals,
+        )?;
+    }
+    Ok(summary.end())
+}
+
+impl Summary {
+    fn check(&mut self, name: &str, command: &mut Command) -> Result<()> {
+        println!("== {name}");
+        let status = command.status().context("cannot run cargo")?;
+        let ok = u32::from(status.success());
+        self.suites.push((
+            name.to_owned(),
+            Count {
+                passed: ok,
+                failed: 1 - ok,
+                skipped: 0,
+            },
+        ));
+        Ok(())
+    }
+
+    fn run(
+        &mut self,
+        built: &Built,
+        args: &Args,
+        mut command: Command,
+        more: &[String],
+        signals: &Signals,
+    ) -> Result<()> {
+        if self.interrupted.is_some() {
+            return Ok(());
+        }
+        let name = format!("{} {}", built.package, built.name);
+        println!("== {name}");
+        // Where cargo would run it: tests find their fixtures from there.
+        command.current_dir(cargo::root().join(&built.package));
+        command.args(&args.filter).args(more).arg("--show-output");
+        let (reader, writer) = std::io::pipe()?;
+        command.stdout(writer.try_clone()?).stderr(writer);
+        let child = Guarded::spawn(&mut command)?;
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+
+        let output = std::thread::spawn(move || show(BufReader::new(reader)));
+        let end = child.wait(signals, None)?;
+        let Ok(mut count) = output.join() else {
+            bail!("cannot read the output of {name}");
+        };
+        match end {
+            End::Exited(status) if status.success() => {}
+            // A suite that dies says nothing of a failed test.
+            End::Exited(_) => count.failed = count.failed.max(1),
+            End::Interrupted(signal) => self.interrupted = Some(signal),
+        }
+        self.suites.push((name, count));
+        Ok(())
+    }
+
+    fn end(&self) -> ExitCode {
+        println!("\n== summary");
+        let mut all = Count::default();
+        for (name, count) in &self.suites {
+            let Count {
+                passed,
+                failed,
+                skipped,
+            } = count;
+            if passed + failed + skipped > 0 {
+                println!("{name:<44} {passed:>4} passed {failed:>3} failed {skipped:>3} skipped");
+            }
+            all.passed += passed;
+            all.failed += failed;
+            all.skipped += skipped;
+        }
+        if let Some(signal) = self.interrupted {
+            println!("interrupted; this is not the whole");
+            println!(
+                "{} passed, {} failed, {} skipped",
+                all.passed, all.failed, all.skipped
+            );
+            return End::Interrupted(signal).code();
+        }
+        println!(
+            "{} passed, {} failed, {} skipped",
+            all.passed, all.failed, all.skipped
+        );
+        match all.failed {
+            0 => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
+        }
+    }
+}
+
+/// Passes on what matters of a test binary's output, and counts.
+///
+/// A test that cannot run here says `SKIP name: reason`; libtest counts it as passed. One that
+/// has measured something says `NOTE ...`.
+fn show(reader: impl std::io::BufRead) -> Count {
+    let mut count = Count::default();
+    let mut failures = false;
+    for line in reader.split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let result = line
+            .strip_prefix("test ")
+            .and_then(|line| line.rsplit_once(" ... "));
+        match result {
+            Some((_, "ok")) => count.passed += 1,
+            Some((_, "FAILED")) => count.failed += 1,
+            Some(_) | None => {}
+        }
+        // libtest tells the output of those that passed first, then of those that failed.
+        failures |= line == "failures:";
+        let skip = line.starts_with("SKIP ");
+        if skip {
+            count.passed = count.passed.saturating_sub(1);
+            count.skipped += 1;
+        }
+        if result.is_some() || skip || line.starts_with("NOTE ") || failures {
+            println!("{line}");
+        }
+    }
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skips_are_not_passes() {
+        let output = "running 3 tests\ntest a ... ok\ntest b ... ok\ntest c ... FAILED\n\n\
+                      successes:\n\n---- b stdout ----\nSKIP b: no kernel\n\nfailures:\n\
+                      ---- c stdout ----\ntest result: FAILED. 2 passed; 1 failed\n";
+        let count = show(output.as_bytes());
+        assert_eq!((count.passed, count.failed, count.skipped), (1, 1, 1));
+    }
+}
