@@ -22,7 +22,9 @@ fn main() -> Result<()> {
         .join("../dhcp-reclaim-ebpf");
     let package = Package {
         name: "dhcp-reclaim-ebpf",
-        root_dir: root.to_str().context("the path of the workspace is not UTF-8")?,
+        root_dir: root
+            .to_str()
+            .context("the path of the workspace is not UTF-8")?,
         no_default_features: false,
         features: &["bpf"],
     };
@@ -53,9 +55,10 @@ fn choose_toolchain() -> Result<&'static str> {
         }
         Some(name) => bail!("{TOOLCHAIN} is `{name}`: expected `bpf` or `nightly`"),
     }
-    ["bpf", "nightly"].into_iter().find(|name| runs(name)).ok_or_else(|| {
-        anyhow!("no Rust toolchain that can build for BPF: run `cargo xtask setup`")
-    })
+    ["bpf", "nightly"]
+        .into_iter()
+        .find(|name| runs(name))
+        .ok_or_else(|| anyhow!("no Rust toolchain that can build for BPF: run `cargo xtask setup`"))
 }
 
 fn runs(toolchain: &str) -> bool {
@@ -75,7 +78,10 @@ fn find_linker() -> Result<()> {
         .map(PathBuf::from)
         .or_else(|| env::home_dir().map(|home| home.join(".cargo")));
     folders.extend(cargo_home.map(|home| home.join("bin")));
-    if !folders.iter().any(|folder| folder.join("bpf-linker").is_file()) {
+    if !folders
+        .iter()
+        .any(|folder| folder.join("bpf-linker").is_file())
+    {
         bail!("bpf-linker is not installed: run `cargo xtask setup`");
     }
     let path: OsString = env::join_paths(folders)?;

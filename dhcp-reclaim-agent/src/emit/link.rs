@@ -23,12 +23,28 @@ impl PrivateLink {
     /// Makes the pair anew, in the place of one that a crashed agent left. Program `emit` is to be
     /// attached to [`ifindex`](Self::ifindex) before anything is sent.
     pub async fn create(handle: &Handle) -> Result<Self, EmitError> {
-        let error = |what| move |source| EmitError::Link { what, interface: NAME, source: Box::new(source) };
+        let error = |what| {
+            move |source| EmitError::Link {
+                what,
+                interface: NAME,
+                source: Box::new(source),
+            }
+        };
         let socket = PacketSocket::open()?;
         if let Some(stale) = find(handle).await {
-            handle.link().del(stale).execute().await.map_err(error("remove the stale"))?;
+            handle
+                .link()
+                .del(stale)
+                .execute()
+                .await
+                .map_err(error("remove the stale"))?;
         }
-        handle.link().add(LinkVeth::new(NAME, PEER).build()).execute().await.map_err(error("create"))?;
+        handle
+            .link()
+            .add(LinkVeth::new(NAME, PEER).build())
+            .execute()
+            .await
+            .map_err(error("create"))?;
         let ifindex = find(handle).await.ok_or(EmitError::Missing(NAME))?;
         // From here on, what fails takes the pair along.
         let link = Self { ifindex, socket };
@@ -36,7 +52,12 @@ impl PrivateLink {
             // No neighbour discovery where nobody is; without IPv6 there is no such file.
             let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
             let up = LinkUnspec::new_with_name(name).up().build();
-            handle.link().set(up).execute().await.map_err(error("raise"))?;
+            handle
+                .link()
+                .set(up)
+                .execute()
+                .await
+                .map_err(error("raise"))?;
         }
         Ok(link)
     }
@@ -51,7 +72,10 @@ impl PrivateLink {
         match self.socket.send(self.ifindex, frame) {
             // How the kernel tells the sender that an egress program dropped the frame.
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
-            Err(source) => Err(EmitError::Send { interface: NAME.to_owned(), source }),
+            Err(source) => Err(EmitError::Send {
+                interface: NAME.to_owned(),
+                source,
+            }),
             Ok(()) => Ok(()),
         }
     }

@@ -13,7 +13,10 @@ pub enum EmitError {
     #[error("cannot open a packet socket: run as root, or grant CAP_NET_RAW")]
     Socket(#[source] io::Error),
     #[error("cannot send on {interface}")]
-    Send { interface: String, source: io::Error },
+    Send {
+        interface: String,
+        source: io::Error,
+    },
     #[error("cannot {what} {interface}")]
     Link {
         what: &'static str,

@@ -13,8 +13,8 @@ use aya::{
     programs::{SchedClassifier, Xdp},
 };
 use dhcp_reclaim_ebpf::abi::{
-    ABI_VERSION, Counter, EmitOrder, ORDER_ENTRIES, PORT_SLOTS, PortSlot, RING_BYTES, WATCH_ENTRIES,
-    WatchKey, WatchValue,
+    ABI_VERSION, Counter, EmitOrder, ORDER_ENTRIES, PORT_SLOTS, PortSlot, RING_BYTES,
+    WATCH_ENTRIES, WatchKey, WatchValue,
 };
 use nix::sys::{
     resource::{RLIM_INFINITY, Resource, setrlimit},
@@ -78,12 +78,18 @@ impl PinDir {
     fn open(bpffs: &Path) -> Result<Self, KernelError> {
         let is_bpffs = statfs(bpffs).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
         if !is_bpffs {
-            return Err(KernelError::NoBpffs { path: bpffs.to_owned() });
+            return Err(KernelError::NoBpffs {
+                path: bpffs.to_owned(),
+            });
         }
         let top = bpffs.join("dhcp-reclaim");
         let lock = Self::lock(&top)?;
         let version = format!("v{ABI_VERSION}");
-        let pins = Self { dir: top.join(&version), top, _lock: lock };
+        let pins = Self {
+            dir: top.join(&version),
+            top,
+            _lock: lock,
+        };
         let entries = fs::read_dir(&pins.top).map_err(|source| path_error(&pins.top, source))?;
         for entry in entries.flatten() {
             // Programs of another layout write to maps that nobody reads any more.
@@ -102,14 +108,20 @@ impl PinDir {
             fs::create_dir_all(top).map_err(|source| path_error(top, source))?;
             let file = File::open(top).map_err(|source| path_error(top, source))?;
             let inode = |meta: fs::Metadata| (meta.dev(), meta.ino());
-            let locked = file.metadata().map(inode).map_err(|source| path_error(top, source))?;
+            let locked = file
+                .metadata()
+                .map(inode)
+                .map_err(|source| path_error(top, source))?;
             match file.try_lock() {
                 // The agent before us may have removed the folder after we opened it.
                 Ok(()) if fs::metadata(top).map(inode).ok() == Some(locked) => return Ok(file),
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
                     let pid = lock_holder(locked.1);
-                    return Err(KernelError::Occupied { path: top.to_owned(), pid });
+                    return Err(KernelError::Occupied {
+                        path: top.to_owned(),
+                        pid,
+                    });
                 }
                 Err(TryLockError::Error(source)) => return Err(path_error(top, source)),
             }
@@ -118,7 +130,10 @@ impl PinDir {
 }
 
 pub(super) fn path_error(path: &Path, source: io::Error) -> KernelError {
-    KernelError::Path { path: path.to_owned(), source }
+    KernelError::Path {
+        path: path.to_owned(),
+        source,
+    }
 }
 
 /// `1: FLOCK  ADVISORY  WRITE 708 08:01:4711 0 EOF`
@@ -152,7 +167,11 @@ pub(super) fn load(options: &LoadOptions) -> Result<Kernel, KernelError> {
     // Loading writes the initial value of a global to its map, pinned or not: go on where the agent
     // before us stopped, or the epochs in the slots would lie in the future.
     let epoch = Maps::pinned_epoch(&pins.dir.join(EPOCH_PIN)).unwrap_or(1);
-    let log_level: u8 = if options.debug { aya_log::Level::Debug as u8 } else { 0 };
+    let log_level: u8 = if options.debug {
+        aya_log::Level::Debug as u8
+    } else {
+        0
+    };
 
     let mut loader = EbpfLoader::new();
     loader
@@ -163,7 +182,10 @@ pub(super) fn load(options: &LoadOptions) -> Result<Kernel, KernelError> {
         loader.map_pin_path(spec.name, path.as_path());
     }
     let mut ebpf = loader
-        .load(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dhcp-reclaim-bpf")))
+        .load(aya::include_bytes_aligned!(concat!(
+            env!("OUT_DIR"),
+            "/dhcp-reclaim-bpf"
+        )))
         .map_err(explain)?;
 
     let programs: &[_] = match options.hook {
@@ -173,16 +195,28 @@ pub(super) fn load(options: &LoadOptions) -> Result<Kernel, KernelError> {
     for &name in programs {
         program::<SchedClassifier>(&mut ebpf, name)?
             .load()
-            .map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
+            .map_err(|source| KernelError::Program {
+                name,
+                source: Box::new(source),
+            })?;
     }
     if options.hook == Hook::Xdp {
         let name = "xdp_ingress";
         program::<Xdp>(&mut ebpf, name)?
             .load()
-            .map_err(|source| KernelError::Program { name, source: Box::new(source) })?;
+            .map_err(|source| KernelError::Program {
+                name,
+                source: Box::new(source),
+            })?;
     }
     let maps = Maps::take(&mut ebpf, epoch)?;
-    Ok(Kernel { ebpf, hook: options.hook, maps, attachments: Attachments::default(), pins })
+    Ok(Kernel {
+        ebpf,
+        hook: options.hook,
+        maps,
+        attachments: Attachments::default(),
+        pins,
+    })
 }
 
 /// The program of this name and type.
@@ -232,22 +266,39 @@ fn specs(ring_bytes: u32) -> [Spec; 6] {
     };
     let counters = size(Counter::ALL.len());
     [
-        spec("PORTS", MapType::Array, 4, size_of::<PortSlot>(), PORT_SLOTS),
-        spec("WATCH", MapType::Hash, size_of::<WatchKey>(), size_of::<WatchValue>(), WATCH_ENTRIES),
-        spec("ORDERS", MapType::Hash, 4, size_of::<EmitOrder>(), ORDER_ENTRIES),
+        spec(
+            "PORTS",
+            MapType::Array,
+            4,
+            size_of::<PortSlot>(),
+            PORT_SLOTS,
+        ),
+        spec(
+            "WATCH",
+            MapType::Hash,
+            size_of::<WatchKey>(),
+            size_of::<WatchValue>(),
+            WATCH_ENTRIES,
+        ),
+        spec(
+            "ORDERS",
+            MapType::Hash,
+            4,
+            size_of::<EmitOrder>(),
+            ORDER_ENTRIES,
+        ),
         spec("RECORDS", MapType::RingBuf, 0, 0, ring_bytes),
         spec("COUNTERS", MapType::PerCpuArray, 4, 8, counters),
-        Spec { pin: EPOCH_PIN, ..spec(".data", MapType::Array, 4, 4, 1) },
+        Spec {
+            pin: EPOCH_PIN,
+            ..spec(".data", MapType::Array, 4, 4, 1)
+        },
     ]
 }
 
 fn check_privilege() -> Result<(), KernelError> {
     const SYS_ADMIN: u32 = 21;
-    const NEEDED: [(u32, &str); 3] = [
-        (12, "CAP_NET_ADMIN"),
-        (38, "CAP_PERFMON"),
-        (39, "CAP_BPF"),
-    ];
+    const NEEDED: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
     let path = Path::new("/proc/thread-self/status");
     let status = fs::read_to_string(path).map_err(|source| path_error(path, source))?;
     let caps = status
@@ -256,8 +307,11 @@ fn check_privilege() -> Result<(), KernelError> {
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .unwrap_or(0);
     let has = |cap: u32| caps & (1 << cap) != 0;
-    // CAP_SYS_ADMIN was split into the two others in Linux 5.8.
-    let missing = NEEDED.iter().find(|(cap, _)| !has(*cap) && !(*cap > SYS_ADMIN && has(SYS_ADMIN)));
+    // The two that CAP_SYS_ADMIN was split into in Linux 5.8.
+    let implied = |cap: u32| cap > SYS_ADMIN && has(SYS_ADMIN);
+    let missing = NEEDED
+        .iter()
+        .find(|(cap, _)| !(has(*cap) || implied(*cap)));
     match missing {
         Some((_, missing)) => Err(KernelError::Privilege { missing }),
         None => Ok(()),
@@ -280,7 +334,11 @@ fn explain(error: EbpfError) -> KernelError {
     };
     let source = Box::new(error);
     match feature {
-        Some((feature, since)) => KernelError::Feature { feature, since, source },
+        Some((feature, since)) => KernelError::Feature {
+            feature,
+            since,
+            source,
+        },
         None => KernelError::Load(source),
     }
 }
@@ -303,7 +361,9 @@ mod tests {
 
     #[test]
     fn a_folder_elsewhere_is_not_bpffs() {
-        let Err(error) = PinDir::open(Path::new("/proc")) else { panic!("/proc was taken") };
+        let Err(error) = PinDir::open(Path::new("/proc")) else {
+            panic!("/proc was taken")
+        };
         assert_eq!(
             error.to_string(),
             "/proc is not a BPF file system: `mount -t bpf bpf /proc` first"

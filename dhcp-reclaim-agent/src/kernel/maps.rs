@@ -56,7 +56,9 @@ impl Maps {
     pub(super) fn advance_epoch(&mut self) -> Result<u32, KernelError> {
         // Zero is a slot's word for never.
         let next = self.current_epoch.checked_add(1).unwrap_or(1);
-        self.epoch.set(0, next, 0).map_err(|error| map_error(".data", error))?;
+        self.epoch
+            .set(0, next, 0)
+            .map_err(|error| map_error(".data", error))?;
         self.current_epoch = next;
         Ok(next)
     }
@@ -87,7 +89,8 @@ impl Maps {
 
     pub(super) fn armed(&self) -> Result<Vec<WatchKey>, KernelError> {
         let keys = self.watch.keys().map(|key| key.map(|key| transmute!(key)));
-        keys.collect::<Result<_, _>>().map_err(|error| map_error("WATCH", error))
+        keys.collect::<Result<_, _>>()
+            .map_err(|error| map_error("WATCH", error))
     }
 
     pub(super) fn order(&mut self, xid: u32, order: &EmitOrder) -> Result<(), KernelError> {
@@ -104,14 +107,18 @@ impl Maps {
             Err(error) if is_missing(&error) => return Ok(VERDICT_NONE),
             Err(error) => return Err(map_error("ORDERS", error)),
         };
-        self.orders.remove(&key).map_err(|error| map_error("ORDERS", error))?;
+        self.orders
+            .remove(&key)
+            .map_err(|error| map_error("ORDERS", error))?;
         Ok(order.verdict)
     }
 
     pub(super) fn clear_orders(&mut self) -> Result<(), KernelError> {
         let keys: Vec<[u8; 4]> = self.orders.keys().flatten().collect();
         for key in keys {
-            self.orders.remove(&key).map_err(|error| map_error("ORDERS", error))?;
+            self.orders
+                .remove(&key)
+                .map_err(|error| map_error("ORDERS", error))?;
         }
         Ok(())
     }
@@ -284,11 +291,16 @@ fn typed<T: TryFrom<Map, Error = MapError>>(
     ebpf: &mut Ebpf,
     name: &'static str,
 ) -> Result<T, KernelError> {
-    take(ebpf, name)?.try_into().map_err(|error| map_error(name, error))
+    take(ebpf, name)?
+        .try_into()
+        .map_err(|error| map_error(name, error))
 }
 
 fn map_error(name: &'static str, error: MapError) -> KernelError {
-    KernelError::Map { name, source: Box::new(error) }
+    KernelError::Map {
+        name,
+        source: Box::new(error),
+    }
 }
 
 fn full_or(name: &'static str, error: MapError) -> KernelError {

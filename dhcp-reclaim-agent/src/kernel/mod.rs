@@ -9,7 +9,9 @@ mod ring;
 use std::{collections::BTreeMap, io, path::PathBuf};
 
 use aya::{Ebpf, programs::ProgramError};
-use dhcp_reclaim_ebpf::abi::{Counter, EmitOrder, PortSlot, ROLE_UPLINK, ROLE_VM, WatchKey, WatchValue};
+use dhcp_reclaim_ebpf::abi::{
+    Counter, EmitOrder, PortSlot, ROLE_UPLINK, ROLE_VM, WatchKey, WatchValue,
+};
 
 use nix::net::if_::if_indextoname;
 
@@ -42,7 +44,10 @@ pub enum KernelError {
     #[error("cannot load the kernel half")]
     Load(#[source] Box<aya::EbpfError>),
     #[error("the kernel refuses program {name}")]
-    Program { name: &'static str, source: Box<ProgramError> },
+    Program {
+        name: &'static str,
+        source: Box<ProgramError>,
+    },
     #[error("the built-in object has no `{0}`: the build is broken")]
     Object(&'static str),
     #[error("map {name}")]
@@ -56,9 +61,17 @@ pub enum KernelError {
         "port {name} (index {ifindex}) shares its slot with interface {owner}, which is watched: \
          re-create one of them"
     )]
-    SlotTaken { name: String, ifindex: IfIndex, owner: IfIndex },
+    SlotTaken {
+        name: String,
+        ifindex: IfIndex,
+        owner: IfIndex,
+    },
     #[error("cannot attach {program} to {name}: {hooks}")]
-    Attach { program: &'static str, name: String, hooks: String },
+    Attach {
+        program: &'static str,
+        name: String,
+        hooks: String,
+    },
     #[error("map {0} is full: raise its size, or watch fewer bindings at once")]
     Full(&'static str),
     #[error("cannot poll the ring buffer")]
@@ -87,7 +100,12 @@ impl Kernel {
     /// says, and puts back programs that others took away.
     ///
     /// `rate` and `burst` limit the port's records; a zero rate is no limit.
-    pub fn watch(&mut self, port: &Port, rate: u16, burst: u16) -> Result<AttachedHook, KernelError> {
+    pub fn watch(
+        &mut self,
+        port: &Port,
+        rate: u16,
+        burst: u16,
+    ) -> Result<AttachedHook, KernelError> {
         let role = match port.role {
             Role::Vm => ROLE_VM,
             Role::Uplink => ROLE_UPLINK,
@@ -118,7 +136,8 @@ impl Kernel {
 
     /// Puts the program `emit` behind the agent's private link.
     pub fn attach_emit(&mut self, ifindex: IfIndex) -> Result<AttachedHook, KernelError> {
-        self.attachments.attach_emit(&mut self.ebpf, self.hook, ifindex)
+        self.attachments
+            .attach_emit(&mut self.ebpf, self.hook, ifindex)
     }
 
     /// While set, the port's frames are looked up in WATCH.
