@@ -309,9 +309,7 @@ fn check_privilege() -> Result<(), KernelError> {
     let has = |cap: u32| caps & (1 << cap) != 0;
     // The two that CAP_SYS_ADMIN was split into in Linux 5.8.
     let implied = |cap: u32| cap > SYS_ADMIN && has(SYS_ADMIN);
-    let missing = NEEDED
-        .iter()
-        .find(|(cap, _)| !(has(*cap) || implied(*cap)));
+    let missing = NEEDED.iter().find(|(cap, _)| !(has(*cap) || implied(*cap)));
     match missing {
         Some((_, missing)) => Err(KernelError::Privilege { missing }),
         None => Ok(()),
