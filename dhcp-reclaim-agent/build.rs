@@ -4,7 +4,7 @@ use std::{
     env,
     ffi::OsString,
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Command, ExitCode, Stdio},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -13,7 +13,17 @@ use aya_build::{Package, Toolchain};
 /// `bpf` or `nightly`; chosen by looking otherwise.
 const TOOLCHAIN: &str = "DHCP_RECLAIM_BPF_TOOLCHAIN";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build() -> Result<()> {
     println!("cargo:rerun-if-env-changed={TOOLCHAIN}");
     println!("cargo:rerun-if-changed=build.rs");
     find_linker()?;
@@ -51,7 +61,10 @@ fn choose_toolchain() -> Result<&'static str> {
         Some("bpf") if runs("bpf") => return Ok("bpf"),
         Some("nightly") if runs("nightly") => return Ok("nightly"),
         Some(name @ ("bpf" | "nightly")) => {
-            bail!("rustup has no toolchain `{name}` ({TOOLCHAIN}): run `cargo xtask setup`")
+            bail!(
+                "rustup has no toolchain `{name}` that can build for BPF ({TOOLCHAIN}): \
+                 run `cargo xtask setup`"
+            )
         }
         Some(name) => bail!("{TOOLCHAIN} is `{name}`: expected `bpf` or `nightly`"),
     }
@@ -61,13 +74,18 @@ fn choose_toolchain() -> Result<&'static str> {
         .ok_or_else(|| anyhow!("no Rust toolchain that can build for BPF: run `cargo xtask setup`"))
 }
 
+/// Whether the toolchain is there, with what it needs to build `core` if that is not prebuilt.
 fn runs(toolchain: &str) -> bool {
-    Command::new("rustup")
-        .args(["run", toolchain, "rustc", "--version"])
-        .stdout(Stdio::null())
+    let sysroot = Command::new("rustup")
+        .args(["run", toolchain, "rustc", "--print", "sysroot"])
         .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
+        .output();
+    let Ok(sysroot) = sysroot else {
+        return false;
+    };
+    let path = String::from_utf8_lossy(&sysroot.stdout);
+    let source = PathBuf::from(path.trim()).join("lib/rustlib/src/rust/library");
+    sysroot.status.success() && (toolchain == "bpf" || source.is_dir())
 }
 
 /// `cargo install` puts bpf-linker where PATH may not lead.

@@ -262,8 +262,8 @@ impl WatchValue {
     /// Notes a frame from `mac` by `port`.
     #[inline(always)]
     pub fn note(&mut self, port: u32, now_ns: u64, mac: [u8; 6]) {
-        let first = self.ports[0] == port
-            || (self.ports[1] != port && self.seen_ns[0] <= self.seen_ns[1]);
+        let first =
+            self.ports[0] == port || (self.ports[1] != port && self.seen_ns[0] <= self.seen_ns[1]);
         if first {
             self.ports[0] = port;
             self.seen_ns[0] = now_ns;
@@ -277,7 +277,11 @@ impl WatchValue {
     /// The latest sighting behind any port; zero: none.
     #[inline(always)]
     pub fn latest_ns(&self) -> u64 {
-        if self.seen_ns[0] > self.seen_ns[1] { self.seen_ns[0] } else { self.seen_ns[1] }
+        if self.seen_ns[0] > self.seen_ns[1] {
+            self.seen_ns[0]
+        } else {
+            self.seen_ns[1]
+        }
     }
 
     /// The latest sighting behind `port`.
@@ -477,9 +481,16 @@ mod tests {
 
     #[test]
     fn a_bucket_gives_its_burst_and_then_its_rate() {
-        let mut slot = PortSlot { rate: 10, burst: 3, ..PortSlot::new_zeroed() };
+        let mut slot = PortSlot {
+            rate: 10,
+            burst: 3,
+            ..PortSlot::new_zeroed()
+        };
         let start = 5_000_000_000;
-        assert_eq!([(); 4].map(|()| slot.take_token(start)), [true, true, true, false]);
+        assert_eq!(
+            [(); 4].map(|()| slot.take_token(start)),
+            [true, true, true, false]
+        );
         assert!(!slot.take_token(start + 99_999_999));
         assert!(slot.take_token(start + 100_000_000));
         assert!(!slot.take_token(start + 100_000_000));
@@ -505,10 +516,20 @@ mod tests {
         value.note(1, 10, [1; 6]);
         value.note(2, 20, [2; 6]);
         value.note(1, 30, [1; 6]);
-        assert_eq!((value.seen_at(1), value.seen_elsewhere(1)), (Some(30), Some((20, 2))));
+        assert_eq!(
+            (value.seen_at(1), value.seen_elsewhere(1)),
+            (Some(30), Some((20, 2)))
+        );
         value.note(3, 40, [3; 6]);
-        assert_eq!((value.seen_at(1), value.seen_elsewhere(1)), (Some(30), Some((40, 3))));
+        assert_eq!(
+            (value.seen_at(1), value.seen_elsewhere(1)),
+            (Some(30), Some((40, 3)))
+        );
         assert_eq!((value.latest_ns(), value.mac), (40, [3; 6]));
-        assert_eq!(value.seen_elsewhere(0), Some((40, 3)), "no own port: any counts");
+        assert_eq!(
+            value.seen_elsewhere(0),
+            Some((40, 3)),
+            "no own port: any counts"
+        );
     }
 }

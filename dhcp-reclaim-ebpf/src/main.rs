@@ -123,7 +123,11 @@ pub fn emit(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     let ifindex = order.ifindex;
-    let flags = if order.direction == EMIT_INGRESS { u64::from(BPF_F_INGRESS) } else { 0 };
+    let flags = if order.direction == EMIT_INGRESS {
+        u64::from(BPF_F_INGRESS)
+    } else {
+        0
+    };
     let vlan = u16::from_be_bytes(order.vlan);
     if vlan != 0 {
         // SAFETY: the context is the one that the kernel gave us.
@@ -215,7 +219,10 @@ impl Context for TcContext {
         if present == 0 {
             return Tag::NONE;
         }
-        Tag { protocol: u16::from_be(protocol as u16), tci: tci as u16 }
+        Tag {
+            protocol: u16::from_be(protocol as u16),
+            tci: tci as u16,
+        }
     }
 
     #[inline(always)]
@@ -471,7 +478,13 @@ fn dhcp<C: Context>(raw: *mut C::Raw, slot: &mut PortSlot, direction: u8) {
     }
     let record = &mut scratch.record;
     record.zero();
-    match classify(&scratch.frame, ctx.len(), ctx.tag(), &mut scratch.walk, record) {
+    match classify(
+        &scratch.frame,
+        ctx.len(),
+        ctx.tag(),
+        &mut scratch.walk,
+        record,
+    ) {
         Outcome::Other => return,
         Outcome::Truncated => return count(Counter::Truncated),
         Outcome::NotDhcp => return count(Counter::NotDhcp),

@@ -5,9 +5,9 @@
 //! memory (`Walk`, `Record`), not in variables: the verifier tracks each variable's possible values
 //! along every path, but takes what comes from a map for unknown, and so many paths become one.
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[cfg(any(test, feature = "vectors"))]
 use zerocopy::FromZeros as _;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::abi::{
     ANOMALY_DUPLICATE, ANOMALY_FRAGMENT, ANOMALY_HARDWARE_TYPE, ANOMALY_LENGTHS, ANOMALY_NO_END,
@@ -64,7 +64,10 @@ pub struct Tag {
 }
 
 impl Tag {
-    pub const NONE: Self = Self { protocol: 0, tci: 0 };
+    pub const NONE: Self = Self {
+        protocol: 0,
+        tci: 0,
+    };
 }
 
 /// What a frame turned out to be.
@@ -118,7 +121,9 @@ pub fn candidate(head: &[u8; HEAD]) -> bool {
         IPV4 => to_dhcp(head[14], head[23], [head[36], head[37]]),
         VLAN | VLAN_SERVICE | VLAN_OLD_QINQ => match u16::from_be_bytes([head[16], head[17]]) {
             IPV4 => to_dhcp(head[18], head[27], [head[40], head[41]]),
-            VLAN | VLAN_SERVICE | VLAN_OLD_QINQ => head[20] == 8 && head[21] == 0 && head[31] == UDP,
+            VLAN | VLAN_SERVICE | VLAN_OLD_QINQ => {
+                head[20] == 8 && head[21] == 0 && head[31] == UDP
+            }
             _ => false,
         },
         _ => false,
@@ -128,8 +133,7 @@ pub fn candidate(head: &[u8; HEAD]) -> bool {
 /// The destination decides, since that is what a server binds to; a client may send from any port.
 #[inline(always)]
 fn to_dhcp(version_ihl: u8, protocol: u8, destination: [u8; 2]) -> bool {
-    protocol == UDP
-        && (version_ihl != 0x45 || matches!(u16::from_be_bytes(destination), 67 | 68))
+    protocol == UDP && (version_ihl != 0x45 || matches!(u16::from_be_bytes(destination), 67 | 68))
 }
 
 /// Whose frame it is: for the exact tier of WATCH.
@@ -156,15 +160,27 @@ pub fn sources(head: &[u8; SOURCES_HEAD], tag: Tag) -> Sources {
             ARP => [head[28], head[29], head[30], head[31]],
             _ => [0; 4],
         };
-        return Sources { vlan: (tag.tci & VLAN_ID).to_be_bytes(), mac, ip };
+        return Sources {
+            vlan: (tag.tci & VLAN_ID).to_be_bytes(),
+            mac,
+            ip,
+        };
     }
-    let tci = if tag.protocol != 0 { tag.tci } else { u16::from_be_bytes([head[14], head[15]]) };
+    let tci = if tag.protocol != 0 {
+        tag.tci
+    } else {
+        u16::from_be_bytes([head[14], head[15]])
+    };
     let ip = match u16::from_be_bytes([head[16], head[17]]) {
         IPV4 => [head[30], head[31], head[32], head[33]],
         ARP => [head[32], head[33], head[34], head[35]],
         _ => [0; 4],
     };
-    Sources { vlan: (tci & VLAN_ID).to_be_bytes(), mac, ip }
+    Sources {
+        vlan: (tci & VLAN_ID).to_be_bytes(),
+        mac,
+        ip,
+    }
 }
 
 /// Reads the frame of `len` bytes, of which the buffer holds the first [`FRAME_MAX`]; what lies
@@ -271,7 +287,11 @@ pub fn classify(
     walk.bootp = bootp;
     walk.at = bootp + OPTIONS;
     walk.cut = u32::from(end > FRAME_MAX as u32);
-    walk.limit = if end > FRAME_MAX as u32 { FRAME_MAX as u32 } else { end };
+    walk.limit = if end > FRAME_MAX as u32 {
+        FRAME_MAX as u32
+    } else {
+        end
+    };
     walk.overload = 0;
     walk.overloaded = 0;
     walk.client_id = 0;
@@ -299,11 +319,19 @@ pub fn interest(role: u8, direction: u8, record: &Record) -> Interest {
     let kind = record.message_type;
     if direction != DIRECTION_FROM_PORT {
         let answer = record.op == 2 && (kind == ACK || kind == NAK || strange);
-        return if role == ROLE_VM && answer { Interest::PushIfAsked } else { Interest::Nobody };
+        return if role == ROLE_VM && answer {
+            Interest::PushIfAsked
+        } else {
+            Interest::Nobody
+        };
     }
     if role == ROLE_UPLINK {
         let wanted = kind == REQUEST || kind == ACK || kind == NAK || strange;
-        return if wanted { Interest::Push } else { Interest::Nobody };
+        return if wanted {
+            Interest::Push
+        } else {
+            Interest::Nobody
+        };
     }
     if role != ROLE_VM {
         return Interest::Nobody;
@@ -334,7 +362,11 @@ fn step(frame: &[u8; FRAME_MAX], walk: &mut Walk, record: &mut Record) -> bool {
     let at = walk.at & MASK as u32;
     let limit = walk.limit;
     if walk.at >= limit {
-        record.anomalies |= if walk.cut != 0 { ANOMALY_TOO_MANY } else { ANOMALY_NO_END };
+        record.anomalies |= if walk.cut != 0 {
+            ANOMALY_TOO_MANY
+        } else {
+            ANOMALY_NO_END
+        };
         return next_area(walk);
     }
     let code = byte(frame, at);
@@ -353,7 +385,11 @@ fn step(frame: &[u8; FRAME_MAX], walk: &mut Walk, record: &mut Record) -> bool {
     let data = at + 2;
     let next = data + u32::from(len);
     if next > limit {
-        record.anomalies |= if walk.cut != 0 { ANOMALY_TOO_MANY } else { ANOMALY_OVERRUN };
+        record.anomalies |= if walk.cut != 0 {
+            ANOMALY_TOO_MANY
+        } else {
+            ANOMALY_OVERRUN
+        };
         return next_area(walk);
     }
     walk.at = next;
@@ -465,7 +501,12 @@ fn half(frame: &[u8; FRAME_MAX], at: u32) -> u16 {
 
 #[inline(always)]
 fn word(frame: &[u8; FRAME_MAX], at: u32) -> [u8; 4] {
-    [byte(frame, at), byte(frame, at + 1), byte(frame, at + 2), byte(frame, at + 3)]
+    [
+        byte(frame, at),
+        byte(frame, at + 1),
+        byte(frame, at + 2),
+        byte(frame, at + 3),
+    ]
 }
 
 #[inline(always)]
@@ -492,7 +533,13 @@ fn classify_over(bytes: &[u8], tag: Tag, frame: &mut [u8; FRAME_MAX]) -> (Outcom
     }
     let kept = bytes.len().min(FRAME_MAX);
     frame[..kept].copy_from_slice(&bytes[..kept]);
-    let outcome = classify(frame, bytes.len() as u32, tag, &mut Walk::default(), &mut record);
+    let outcome = classify(
+        frame,
+        bytes.len() as u32,
+        tag,
+        &mut Walk::default(),
+        &mut record,
+    );
     (outcome, record)
 }
 
@@ -513,7 +560,12 @@ mod tests {
             assert_eq!(outcome, vector.outcome, "{}", vector.name);
             if outcome == Outcome::Message {
                 assert_eq!(record.anomalies, vector.anomalies, "{}", vector.name);
-                assert_eq!((record.xid, record.chaddr), (XID, CLIENT_MAC), "{}", vector.name);
+                assert_eq!(
+                    (record.xid, record.chaddr),
+                    (XID, CLIENT_MAC),
+                    "{}",
+                    vector.name
+                );
             }
         }
     }
@@ -551,13 +603,24 @@ mod tests {
     #[test]
     fn a_client_id_is_kept_verbatim() {
         let long: Vec<u8> = (1..=255).collect();
-        let (_, record) =
-            classify_frame(&Builder::client(REQUEST).option(61, &long).build(), Tag::NONE);
-        assert_eq!((record.client_id_len, &record.client_id[..]), (255, &long[..]));
+        let (_, record) = classify_frame(
+            &Builder::client(REQUEST).option(61, &long).build(),
+            Tag::NONE,
+        );
+        assert_eq!(
+            (record.client_id_len, &record.client_id[..]),
+            (255, &long[..])
+        );
 
         let (_, record) = classify_frame(&named("overload of both, full to the brim"), Tag::NONE);
-        assert_eq!((record.client_id_len, &record.client_id[..126]), (125, &[[7; 125].as_slice(), &[0]].concat()[..]));
-        assert_eq!((record.requested_ip, record.server_id), (CLIENT_IP, SERVER_IP));
+        assert_eq!(
+            (record.client_id_len, &record.client_id[..126]),
+            (125, &[[7; 125].as_slice(), &[0]].concat()[..])
+        );
+        assert_eq!(
+            (record.requested_ip, record.server_id),
+            (CLIENT_IP, SERVER_IP)
+        );
     }
 
     #[test]
@@ -570,7 +633,10 @@ mod tests {
     #[test]
     fn the_vlan_is_the_outer_one() {
         let vlan = |name: &str| {
-            let vector = vectors::all().into_iter().find(|vector| vector.name == name).unwrap();
+            let vector = vectors::all()
+                .into_iter()
+                .find(|vector| vector.name == name)
+                .unwrap();
             u16::from_be_bytes(classify_frame(&vector.frame, vector.tag).1.vlan)
         };
         assert_eq!(vlan("one tag"), 100);
@@ -586,34 +652,83 @@ mod tests {
         let look = |frame: &[u8], tag| sources(frame.first_chunk().unwrap(), tag);
         let ip = [192, 0, 2, 9];
         let builder = || Builder::selecting().with(|b| b.source_ip = ip);
-        let plain = Sources { vlan: [0; 2], mac: CLIENT_MAC, ip };
+        let plain = Sources {
+            vlan: [0; 2],
+            mac: CLIENT_MAC,
+            ip,
+        };
         assert_eq!(look(&builder().build(), Tag::NONE), plain);
         assert_eq!(look(&arp(CLIENT_MAC, ip), Tag::NONE), plain);
-        let tag = Tag { protocol: 0x8100, tci: 0xe064 };
-        assert_eq!(look(&builder().build(), tag), Sources { vlan: [0, 100], ..plain });
+        let tag = Tag {
+            protocol: 0x8100,
+            tci: 0xe064,
+        };
+        assert_eq!(
+            look(&builder().build(), tag),
+            Sources {
+                vlan: [0, 100],
+                ..plain
+            }
+        );
         let tagged = builder().with(|b| b.tags.push((0x8100, 0xe064))).build();
-        assert_eq!(look(&tagged, Tag::NONE), Sources { vlan: [0, 100], ..plain });
+        assert_eq!(
+            look(&tagged, Tag::NONE),
+            Sources {
+                vlan: [0, 100],
+                ..plain
+            }
+        );
         let v6 = builder().with(|b| b.ethertype = 0x86dd).build();
-        assert_eq!(look(&v6, Tag::NONE), Sources { ip: [0; 4], ..plain });
+        assert_eq!(
+            look(&v6, Tag::NONE),
+            Sources {
+                ip: [0; 4],
+                ..plain
+            }
+        );
     }
 
     #[test]
     fn who_wants_what() {
         let (from, to) = (DIRECTION_FROM_PORT, DIRECTION_TO_PORT);
         let look = |role, direction, builder: Builder| {
-            interest(role, direction, &classify_frame(&builder.build(), Tag::NONE).1)
+            interest(
+                role,
+                direction,
+                &classify_frame(&builder.build(), Tag::NONE).1,
+            )
         };
         let bent = |builder: Builder| builder.with(|b| b.end = false);
         for (role, direction, builder, expected) in [
-            (ROLE_VM, from, Builder::selecting(), Interest::PushAndRemember),
+            (
+                ROLE_VM,
+                from,
+                Builder::selecting(),
+                Interest::PushAndRemember,
+            ),
             (ROLE_VM, from, Builder::client(DISCOVER), Interest::Nobody),
-            (ROLE_VM, from, Builder::client(DISCOVER).option(80, &[]), Interest::PushAndRemember),
-            (ROLE_VM, from, bent(Builder::client(DISCOVER)), Interest::PushAndRemember),
+            (
+                ROLE_VM,
+                from,
+                Builder::client(DISCOVER).option(80, &[]),
+                Interest::PushAndRemember,
+            ),
+            (
+                ROLE_VM,
+                from,
+                bent(Builder::client(DISCOVER)),
+                Interest::PushAndRemember,
+            ),
             (ROLE_VM, from, Builder::client(DECLINE), Interest::Push),
             (ROLE_VM, from, Builder::client(RELEASE), Interest::Push),
             (ROLE_VM, from, Builder::client(8), Interest::Nobody),
             (ROLE_VM, from, Builder::server(ACK), Interest::Rogue),
-            (ROLE_VM, from, Builder::client(REQUEST).with(|b| b.source_port = 67), Interest::Rogue),
+            (
+                ROLE_VM,
+                from,
+                Builder::client(REQUEST).with(|b| b.source_port = 67),
+                Interest::Rogue,
+            ),
             (ROLE_VM, to, Builder::server(ACK), Interest::PushIfAsked),
             (ROLE_VM, to, Builder::server(NAK), Interest::PushIfAsked),
             (ROLE_VM, to, Builder::server(2), Interest::Nobody),
@@ -625,7 +740,11 @@ mod tests {
             (ROLE_UPLINK, to, Builder::server(ACK), Interest::Nobody),
             (ROLE_NONE, from, Builder::selecting(), Interest::Nobody),
         ] {
-            assert_eq!(look(role, direction, builder.clone()), expected, "{role} {direction} {builder:?}");
+            assert_eq!(
+                look(role, direction, builder.clone()),
+                expected,
+                "{role} {direction} {builder:?}"
+            );
         }
     }
 
@@ -655,15 +774,32 @@ mod tests {
             soiled.fill(random.next() as u8);
             let first = classify_over(&frame, vector.tag, &mut clean);
             let second = classify_over(&frame, vector.tag, &mut soiled);
-            assert_eq!(first, second, "{} in round {round}: {frame:02x?}", vector.name);
+            assert_eq!(
+                first, second,
+                "{} in round {round}: {frame:02x?}",
+                vector.name
+            );
             if frame.len() >= HEAD {
                 let mut record = Record::new_zeroed();
-                let thorough = classify(&clean_of(&frame), frame.len() as u32, vector.tag, &mut Walk::default(), &mut record);
-                assert_eq!(thorough, first.0, "{} in round {round}: {frame:02x?}", vector.name);
+                let thorough = classify(
+                    &clean_of(&frame),
+                    frame.len() as u32,
+                    vector.tag,
+                    &mut Walk::default(),
+                    &mut record,
+                );
+                assert_eq!(
+                    thorough, first.0,
+                    "{} in round {round}: {frame:02x?}",
+                    vector.name
+                );
             }
             messages += usize::from(first.0 == Outcome::Message);
         }
-        assert!(messages > 10_000, "the mutants are too wild: {messages} messages");
+        assert!(
+            messages > 10_000,
+            "the mutants are too wild: {messages} messages"
+        );
     }
 
     fn clean_of(bytes: &[u8]) -> [u8; FRAME_MAX] {
@@ -674,7 +810,11 @@ mod tests {
     }
 
     fn named(name: &str) -> Vec<u8> {
-        vectors::all().into_iter().find(|vector| vector.name == name).unwrap().frame
+        vectors::all()
+            .into_iter()
+            .find(|vector| vector.name == name)
+            .unwrap()
+            .frame
     }
 
     struct XorShift(u64);

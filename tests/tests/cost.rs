@@ -22,34 +22,51 @@ fn what_a_frame_costs() {
         let mut kernel = load(Hook::Tc);
         let lo = port("lo", Role::Vm);
         kernel.watch(&lo, 0, 0).unwrap();
-        let dns = Builder::selecting().with(|b| b.destination_port = 53).build();
-        println!("ns a frame over an empty program: median of {ROUNDS} paired differences [quartiles]");
-        let show = |name: &str, program: &str, frame: &[u8]| {
-            let [low, middle, high] = difference(&kernel, program, frame);
-            println!("{name:<44} {middle:+6.1} [{low:+.1}, {high:+.1}]");
-        };
-        show("empty program against itself", "baseline", &tcp());
-        show("TCP from a VM", "vm_ingress", &tcp());
-        show("TCP to a VM", "vm_egress", &tcp());
-        show("UDP from a VM, not DHCP", "vm_ingress", &dns);
-        show("ARP of 42 bytes from a VM", "vm_ingress", &arp(CLIENT_MAC, [192, 0, 2, 50]));
+        let dns = Builder::selecting()
+            .with(|b| b.destination_port = 53)
+            .build();
+        println!(
+            "ns a frame over an empty program: median of {ROUNDS} paired differences [quartiles]"
+        );
+        show(&kernel, "empty program against itself", "baseline", &tcp());
+        show(&kernel, "TCP from a VM", "vm_ingress", &tcp());
+        show(&kernel, "TCP to a VM", "vm_egress", &tcp());
+        show(&kernel, "UDP from a VM, not DHCP", "vm_ingress", &dns);
+        show(
+            &kernel,
+            "ARP of 42 bytes from a VM",
+            "vm_ingress",
+            &arp(CLIENT_MAC, [192, 0, 2, 50]),
+        );
         kernel.set_exact(lo.ifindex, true);
-        let show = |name: &str, program: &str, frame: &[u8]| {
-            let [low, middle, high] = difference(&kernel, program, frame);
-            println!("{name:<44} {middle:+6.1} [{low:+.1}, {high:+.1}]");
-        };
-        show("TCP from a VM, a check due, not watched", "vm_ingress", &tcp());
-        kernel.arm(&watch_mac(SEGMENT, 0, MacAddr(CLIENT_MAC))).unwrap();
-        let show = |name: &str, program: &str, frame: &[u8]| {
-            let [low, middle, high] = difference(&kernel, program, frame);
-            println!("{name:<44} {middle:+6.1} [{low:+.1}, {high:+.1}]");
-        };
-        show("TCP from a VM, a check due, MAC watched", "vm_ingress", &tcp());
+        show(
+            &kernel,
+            "TCP from a VM, a check due, not watched",
+            "vm_ingress",
+            &tcp(),
+        );
+        kernel
+            .arm(&watch_mac(SEGMENT, 0, MacAddr(CLIENT_MAC)))
+            .unwrap();
+        show(
+            &kernel,
+            "TCP from a VM, a check due, MAC watched",
+            "vm_ingress",
+            &tcp(),
+        );
         for name in ["vm_ingress", "vm_egress", "emit"] {
             let info = program(&kernel, name).info().unwrap();
-            println!("{name}: {:?} instructions verified", info.verified_instruction_count());
+            println!(
+                "{name}: {:?} instructions verified",
+                info.verified_instruction_count()
+            );
         }
     });
+}
+
+fn show(kernel: &Kernel, name: &str, program: &str, frame: &[u8]) {
+    let [low, middle, high] = difference(kernel, program, frame);
+    println!("{name:<44} {middle:+6.1} [{low:+.1}, {high:+.1}]");
 }
 
 /// Base, program, base: the program against the mean of its neighbours.
@@ -68,9 +85,16 @@ fn difference(kernel: &Kernel, name: &str, frame: &[u8]) -> [f64; 3] {
 
 /// The kernel reports whole nanoseconds a run: of one long run the total would say no more.
 fn run(kernel: &Kernel, name: &str, frame: &[u8]) -> f64 {
-    let options =
-        TestRunOptions { data_in: Some(frame), repeat: REPEAT, ..TestRunOptions::new() };
-    program(kernel, name).test_run(options).unwrap().duration.as_nanos() as f64
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        repeat: REPEAT,
+        ..TestRunOptions::new()
+    };
+    program(kernel, name)
+        .test_run(options)
+        .unwrap()
+        .duration
+        .as_nanos() as f64
 }
 
 fn program<'a>(kernel: &'a Kernel, name: &str) -> &'a SchedClassifier {

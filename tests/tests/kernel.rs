@@ -59,8 +59,18 @@ fn agree(hook: Hook) {
             && interest(ROLE_VM, DIRECTION_FROM_PORT, &host) != Interest::Nobody;
         assert_eq!(records.len(), usize::from(wanted), "{}", vector.name);
         for record in records {
-            assert!(record.seen_ns != 0 && record.ifindex == LO, "{}", vector.name);
-            let bare = Record { seen_ns: 0, ifindex: 0, direction: 0, role: 0, ..record };
+            assert!(
+                record.seen_ns != 0 && record.ifindex == LO,
+                "{}",
+                vector.name
+            );
+            let bare = Record {
+                seen_ns: 0,
+                ifindex: 0,
+                direction: 0,
+                role: 0,
+                ..record
+            };
             assert_eq!(bare, host, "{}", vector.name);
             pushed += 1;
         }
@@ -68,8 +78,14 @@ fn agree(hook: Hook) {
     assert!(pushed > 50, "only {pushed} records");
     let counters = kernel.counters().unwrap();
     assert_eq!(counters["records"], pushed, "{counters:?}");
-    assert!(counters["ambiguous"] > 20 && counters["rogue_server"] > 2, "{counters:?}");
-    assert!(counters["truncated"] > 3 && counters["not_dhcp"] == 2, "{counters:?}");
+    assert!(
+        counters["ambiguous"] > 20 && counters["rogue_server"] > 2,
+        "{counters:?}"
+    );
+    assert!(
+        counters["truncated"] > 3 && counters["not_dhcp"] == 2,
+        "{counters:?}"
+    );
 }
 
 /// Programs of other agents, XDP among them, see what we see: nothing is changed.
@@ -80,8 +96,12 @@ fn frames_pass_unchanged() {
         kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
         let frame = Builder::selecting().build();
         let mut out = vec![0; frame.len()];
-        let program: &SchedClassifier =
-            kernel.ebpf().program("vm_ingress").unwrap().try_into().unwrap();
+        let program: &SchedClassifier = kernel
+            .ebpf()
+            .program("vm_ingress")
+            .unwrap()
+            .try_into()
+            .unwrap();
         let result = program
             .test_run(TestRunOptions {
                 data_in: Some(&frame),
@@ -117,12 +137,19 @@ fn hear(hook: Hook, expected: AttachedHook) {
     let socket = PacketSocket::open().unwrap();
 
     // Nobody asked yet: broadcast answers to others do not count.
-    socket.send_on(vm.ifindex, &Builder::server(ACK).build()).unwrap();
+    socket
+        .send_on(vm.ifindex, &Builder::server(ACK).build())
+        .unwrap();
     let tagged = Builder::selecting().with(|b| b.tags.push((0x8100, 100)));
     socket.send_on(guest, &tagged.build()).unwrap();
     let heard = records(&runtime, &mut ring, 1);
-    let [request] = &heard[..] else { panic!("{heard:?}") };
-    assert_eq!((request.direction, request.ifindex), (DIRECTION_FROM_PORT, vm.ifindex));
+    let [request] = &heard[..] else {
+        panic!("{heard:?}")
+    };
+    assert_eq!(
+        (request.direction, request.ifindex),
+        (DIRECTION_FROM_PORT, vm.ifindex)
+    );
     let request = message(request).unwrap();
     assert_eq!((request.vlan, request.chaddr), (100, MacAddr(CLIENT_MAC)));
     assert_eq!(request.requested_ip, Some(CLIENT_IP.into()));
@@ -132,20 +159,31 @@ fn hear(hook: Hook, expected: AttachedHook) {
         kernel.unwatch(vm.ifindex);
         return;
     }
-    socket.send_on(vm.ifindex, &Builder::server(ACK).build()).unwrap();
+    socket
+        .send_on(vm.ifindex, &Builder::server(ACK).build())
+        .unwrap();
     let heard = records(&runtime, &mut ring, 1);
-    let [ack] = &heard[..] else { panic!("{heard:?}") };
+    let [ack] = &heard[..] else {
+        panic!("{heard:?}")
+    };
     assert_eq!((ack.direction, ack.role), (DIRECTION_TO_PORT, ROLE_VM));
     let ack = message(ack).unwrap();
-    assert_eq!((ack.yiaddr, ack.lease_secs), (Some(CLIENT_IP.into()), Some(3600)));
+    assert_eq!(
+        (ack.yiaddr, ack.lease_secs),
+        (Some(CLIENT_IP.into()), Some(3600))
+    );
     assert_eq!(kernel.counters().unwrap()["unasked"], 1);
 
     // Watched once more: nothing is heard twice. Then not at all.
     assert_eq!(kernel.watch(&vm, 0, 0).unwrap(), expected);
-    socket.send_on(guest, &Builder::selecting().build()).unwrap();
+    socket
+        .send_on(guest, &Builder::selecting().build())
+        .unwrap();
     assert_eq!(records(&runtime, &mut ring, 1).len(), 1);
     kernel.unwatch(vm.ifindex);
-    socket.send_on(guest, &Builder::selecting().build()).unwrap();
+    socket
+        .send_on(guest, &Builder::selecting().build())
+        .unwrap();
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(ring.take_now(), []);
 
@@ -153,7 +191,10 @@ fn hear(hook: Hook, expected: AttachedHook) {
     kernel.watch(&vm, 0, 0).unwrap();
     ip("link del vm0");
     kernel.unwatch(vm.ifindex);
-    assert!(matches!(kernel.watch(&vm, 0, 0), Err(KernelError::PortGone { .. })));
+    assert!(matches!(
+        kernel.watch(&vm, 0, 0),
+        Err(KernelError::PortGone { .. })
+    ));
     assert_eq!(kernel.port_epoch(vm.ifindex), None);
 }
 
@@ -181,8 +222,18 @@ fn sightings_are_coarse_until_a_check_is_due() {
         settle();
         let seen = kernel.watched(&ip).unwrap().unwrap();
         assert!(seen.seen_at(vm.ifindex).is_some(), "{seen:?}");
-        assert_eq!((seen.seen_elsewhere(vm.ifindex), seen.mac), (None, CLIENT_MAC));
-        assert!(kernel.watched(&mac).unwrap().unwrap().seen_at(vm.ifindex).is_some());
+        assert_eq!(
+            (seen.seen_elsewhere(vm.ifindex), seen.mac),
+            (None, CLIENT_MAC)
+        );
+        assert!(
+            kernel
+                .watched(&mac)
+                .unwrap()
+                .unwrap()
+                .seen_at(vm.ifindex)
+                .is_some()
+        );
 
         // Armed again, nothing is forgotten; disarmed, all.
         kernel.arm(&ip).unwrap();
@@ -194,7 +245,9 @@ fn sightings_are_coarse_until_a_check_is_due() {
 
         // Another VLAN is another address.
         let before = kernel.watched(&mac).unwrap();
-        let tagged = Builder::selecting().with(|b| b.tags.push((0x8100, 9))).build();
+        let tagged = Builder::selecting()
+            .with(|b| b.tags.push((0x8100, 9)))
+            .build();
         socket.send_on(guest, &tagged).unwrap();
         settle();
         assert_eq!(kernel.watched(&mac).unwrap(), before);
@@ -226,15 +279,16 @@ fn veto(direction: u8) {
         "srv1"
     };
     ip(&format!("address add 192.0.2.1/24 dev {device}"));
-    let server_mac: MacAddr =
-        std::fs::read_to_string(format!("/sys/class/net/{device}/address"))
-            .or_else(|_| link_address(device))
-            .unwrap()
-            .trim()
-            .parse()
-            .unwrap();
+    let server_mac: MacAddr = std::fs::read_to_string(format!("/sys/class/net/{device}/address"))
+        .or_else(|_| link_address(device))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
     let server = UdpSocket::bind("0.0.0.0:67").unwrap();
-    server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    server
+        .set_read_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
 
     let runtime = runtime();
     let mut kernel = load(Hook::Tc);
@@ -245,7 +299,10 @@ fn veto(direction: u8) {
         std::mem::forget(PrivateLink::create(&handle).await.unwrap());
         PrivateLink::create(&handle).await.unwrap()
     });
-    assert_eq!(kernel.attach_emit(link.ifindex()).unwrap(), AttachedHook::Tcx);
+    assert_eq!(
+        kernel.attach_emit(link.ifindex()).unwrap(),
+        AttachedHook::Tcx
+    );
     kernel.watch(&vm, 0, 0).unwrap();
     kernel.set_exact(vm.ifindex, true);
     let socket = PacketSocket::open().unwrap();
@@ -273,12 +330,17 @@ fn veto(direction: u8) {
     kernel.arm(&ip_key).unwrap();
     kernel.arm(&mac_key).unwrap();
     kernel.order(xid, &order(1)).unwrap();
-    socket.send_on(guest, &vectors::arp(CLIENT_MAC, CLIENT_IP)).unwrap();
+    socket
+        .send_on(guest, &vectors::arp(CLIENT_MAC, CLIENT_IP))
+        .unwrap();
     settle();
     link.send_release(&release).unwrap();
     assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_VETOED);
     assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_NONE, "taken away");
-    assert!(server.recv(&mut buffer).is_err(), "a vetoed RELEASE arrived");
+    assert!(
+        server.recv(&mut buffer).is_err(),
+        "a vetoed RELEASE arrived"
+    );
 
     let seen = [ip_key, mac_key].map(|key| kernel.watched(&key).unwrap().unwrap().latest_ns());
     let now = seen[0].max(seen[1]);
@@ -289,10 +351,37 @@ fn veto(direction: u8) {
     assert_eq!(from.to_string(), "192.0.2.50:68");
     assert_eq!(buffer[..len], release[42..]);
 
+    if direction == EMIT_EGRESS {
+        // This kernel may lack 802.1Q devices: our own classifier tells the tag on arrival.
+        let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
+        kernel.watch(&port("srv1", Role::Vm), 0, 0).unwrap();
+        let tagged = EmitOrder {
+            vlan: [0, 100],
+            ..order(now)
+        };
+        kernel.order(xid, &tagged).unwrap();
+        link.send_release(&release).unwrap();
+        assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_SENT);
+        let heard = records(&runtime, &mut ring, 1);
+        let [record] = &heard[..] else {
+            panic!("{heard:?}")
+        };
+        assert_eq!((record.message_type, record.vlan), (RELEASE, [0, 100]));
+        assert_eq!(record.anomalies, 0);
+    }
+
+    let sent = if direction == EMIT_EGRESS { 2 } else { 1 };
     let counters = kernel.counters().unwrap();
-    assert_eq!((counters["emit_sent"], counters["emit_vetoed"]), (1, 2), "{counters:?}");
+    assert_eq!(
+        (counters["emit_sent"], counters["emit_vetoed"]),
+        (sent, 2),
+        "{counters:?}"
+    );
     drop(link);
-    assert!(nix::net::if_::if_nametoindex("dreclaim0").is_err(), "the link stays");
+    assert!(
+        nix::net::if_::if_nametoindex("dreclaim0").is_err(),
+        "the link stays"
+    );
 }
 
 #[test]
@@ -314,22 +403,39 @@ fn pins_outlive_the_agent() {
         drop(first);
 
         // Nobody is there, and yet it is noted.
-        socket.send_on(guest, &vectors::arp(CLIENT_MAC, CLIENT_IP)).unwrap();
-        socket.send_on(guest, &Builder::selecting().build()).unwrap();
+        socket
+            .send_on(guest, &vectors::arp(CLIENT_MAC, CLIENT_IP))
+            .unwrap();
+        socket
+            .send_on(guest, &Builder::selecting().build())
+            .unwrap();
         settle();
 
         let mut second = load(Hook::Tc);
         let mut ring = runtime.block_on(async { second.ring() }).unwrap();
-        assert_eq!(records(&runtime, &mut ring, 1).len(), 1, "the record waited");
+        assert_eq!(
+            records(&runtime, &mut ring, 1).len(),
+            1,
+            "the record waited"
+        );
         assert_eq!(second.port_epoch(vm.ifindex), Some(epoch));
-        assert!(second.watched(&mac).unwrap().unwrap().seen_at(vm.ifindex).is_some());
+        assert!(
+            second
+                .watched(&mac)
+                .unwrap()
+                .unwrap()
+                .seen_at(vm.ifindex)
+                .is_some()
+        );
         let slot = second.port_slot(vm.ifindex).unwrap();
         assert!(slot.asked(vectors::XID) && slot.exact == 1, "{slot:?}");
         assert_eq!(second.advance_epoch().unwrap(), epoch + 1);
 
         // Taken over, not attached twice; the answer to the REQUEST of before is heard.
         assert_eq!(second.watch(&vm, 0, 0).unwrap(), AttachedHook::Tcx);
-        socket.send_on(vm.ifindex, &Builder::server(ACK).build()).unwrap();
+        socket
+            .send_on(vm.ifindex, &Builder::server(ACK).build())
+            .unwrap();
         assert_eq!(records(&runtime, &mut ring, 1).len(), 1);
         settle();
         assert_eq!(ring.take_now(), []);
@@ -341,7 +447,9 @@ fn pins_outlive_the_agent() {
         assert_eq!(third.forget_unwatched().unwrap(), [vm.ifindex]);
         assert_eq!(third.port_slot(vm.ifindex), None);
         let before = third.counters().unwrap();
-        socket.send_on(guest, &Builder::selecting().build()).unwrap();
+        socket
+            .send_on(guest, &Builder::selecting().build())
+            .unwrap();
         settle();
         assert_eq!(third.counters().unwrap(), before);
 
@@ -350,7 +458,11 @@ fn pins_outlive_the_agent() {
         let LoadOptions { bpffs, .. } = options(Hook::Tc);
         assert!(!bpffs.join("dhcp-reclaim").exists());
         drop(load(Hook::Tc));
-        Kernel::load(&LoadOptions { ring_bytes: 4096, ..options(Hook::Tc) }).unwrap();
+        Kernel::load(&LoadOptions {
+            ring_bytes: 4096,
+            ..options(Hook::Tc)
+        })
+        .unwrap();
     });
 }
 
@@ -367,7 +479,11 @@ fn a_port_may_say_only_so_much() {
         }
         assert_eq!(ring.take_now().len(), 3);
         let counters = kernel.counters().unwrap();
-        assert_eq!((counters["records"], counters["rate_limited"]), (3, 7), "{counters:?}");
+        assert_eq!(
+            (counters["records"], counters["rate_limited"]),
+            (3, 7),
+            "{counters:?}"
+        );
         assert_eq!(kernel.port_lost(LO), Some(7));
     });
 }
@@ -375,8 +491,11 @@ fn a_port_may_say_only_so_much() {
 #[test]
 fn a_full_ring_keeps_room_for_the_server() {
     alone(|| {
-        let mut kernel =
-            Kernel::load(&LoadOptions { ring_bytes: 4096, ..options(Hook::Tc) }).unwrap();
+        let mut kernel = Kernel::load(&LoadOptions {
+            ring_bytes: 4096,
+            ..options(Hook::Tc)
+        })
+        .unwrap();
         let runtime = runtime();
         let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
         kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
@@ -390,10 +509,35 @@ fn a_full_ring_keeps_room_for_the_server() {
             run_tc(&kernel, "vm_egress", &Builder::server(ACK).build());
         }
         let records = ring.take_now();
-        let answers = records.iter().filter(|record| record.direction == DIRECTION_TO_PORT);
+        let answers = records
+            .iter()
+            .filter(|record| record.direction == DIRECTION_TO_PORT);
         assert_eq!((records.len(), answers.count()), (11, 2));
         assert_eq!(kernel.counters().unwrap()["ring_full"], 13);
         assert_eq!(kernel.port_lost(LO), Some(13));
+    });
+}
+
+/// With the `debug!` lines the programs are others to the verifier.
+#[test]
+fn the_log_is_wired() {
+    alone(|| {
+        for hook in [Hook::Tc, Hook::Xdp] {
+            let mut kernel = Kernel::load(&LoadOptions {
+                debug: true,
+                ..options(hook)
+            })
+            .unwrap();
+            kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
+            assert!(kernel.logger().is_some());
+            let rogue = Builder::server(ACK).build();
+            match hook {
+                Hook::Tc | Hook::Clsact => run_tc(&kernel, "vm_ingress", &rogue),
+                Hook::Xdp => run_xdp(&kernel, &rogue),
+            };
+            assert_eq!(kernel.counters().unwrap()["rogue_server"], 1);
+            kernel.unpin_all().unwrap();
+        }
     });
 }
 
@@ -419,15 +563,24 @@ fn a_slot_has_one_owner() {
 fn an_uplink_is_heard_but_not_answered() {
     alone(|| {
         let (vm, guest) = vm_port();
-        let uplink = Port { role: Role::Uplink, ..vm };
+        let uplink = Port {
+            role: Role::Uplink,
+            ..vm
+        };
         let mut kernel = load(Hook::Tc);
         let runtime = runtime();
         let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
         kernel.watch(&uplink, 0, 0).unwrap();
         let socket = PacketSocket::open().unwrap();
-        socket.send_on(guest, &Builder::server(ACK).build()).unwrap();
-        socket.send_on(guest, &Builder::client(REQUEST).build()).unwrap();
-        socket.send_on(uplink.ifindex, &Builder::server(ACK).build()).unwrap();
+        socket
+            .send_on(guest, &Builder::server(ACK).build())
+            .unwrap();
+        socket
+            .send_on(guest, &Builder::client(REQUEST).build())
+            .unwrap();
+        socket
+            .send_on(uplink.ifindex, &Builder::server(ACK).build())
+            .unwrap();
         assert_eq!(records(&runtime, &mut ring, 2).len(), 2);
         settle();
         assert_eq!(ring.take_now(), []);
@@ -435,7 +588,10 @@ fn an_uplink_is_heard_but_not_answered() {
     });
 }
 
-fn keys() -> (dhcp_reclaim_ebpf::abi::WatchKey, dhcp_reclaim_ebpf::abi::WatchKey) {
+fn keys() -> (
+    dhcp_reclaim_ebpf::abi::WatchKey,
+    dhcp_reclaim_ebpf::abi::WatchKey,
+) {
     (
         watch_ip(SEGMENT, 0, CLIENT_IP.into()),
         watch_mac(SEGMENT, 0, MacAddr(CLIENT_MAC)),
@@ -464,10 +620,17 @@ fn release(server_mac: [u8; 6]) -> Vec<u8> {
 
 /// `/sys` may show another namespace's devices.
 fn link_address(device: &str) -> std::io::Result<String> {
-    let output = std::process::Command::new("ip").args(["-o", "link", "show", device]).output()?;
+    let output = std::process::Command::new("ip")
+        .args(["-o", "link", "show", device])
+        .output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mut words = text.split_whitespace().skip_while(|word| *word != "link/ether");
-    words.nth(1).map(str::to_owned).ok_or(std::io::ErrorKind::NotFound.into())
+    let mut words = text
+        .split_whitespace()
+        .skip_while(|word| *word != "link/ether");
+    words
+        .nth(1)
+        .map(str::to_owned)
+        .ok_or(std::io::ErrorKind::NotFound.into())
 }
 
 /// veth hands frames on in a softirq.
@@ -478,13 +641,24 @@ fn settle() {
 #[track_caller]
 fn run_tc(kernel: &Kernel, name: &str, frame: &[u8]) -> u32 {
     let program: &SchedClassifier = kernel.ebpf().program(name).unwrap().try_into().unwrap();
-    let options = TestRunOptions { data_in: Some(frame), ..TestRunOptions::new() };
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        ..TestRunOptions::new()
+    };
     program.test_run(options).unwrap().return_value
 }
 
 #[track_caller]
 fn run_xdp(kernel: &Kernel, frame: &[u8]) -> u32 {
-    let program: &Xdp = kernel.ebpf().program("xdp_ingress").unwrap().try_into().unwrap();
-    let options = TestRunOptions { data_in: Some(frame), ..TestRunOptions::new() };
+    let program: &Xdp = kernel
+        .ebpf()
+        .program("xdp_ingress")
+        .unwrap()
+        .try_into()
+        .unwrap();
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        ..TestRunOptions::new()
+    };
     program.test_run(options).unwrap().return_value
 }

@@ -26,7 +26,9 @@ impl PacketSocket {
     /// Sends a frame out of an interface.
     pub fn send_on(&self, ifindex: IfIndex, frame: &[u8]) -> Result<(), EmitError> {
         self.send(ifindex, frame).map_err(|source| {
-            let name = if_indextoname(ifindex).ok().and_then(|name| name.into_string().ok());
+            let name = if_indextoname(ifindex)
+                .ok()
+                .and_then(|name| name.into_string().ok());
             let name = name.filter(|name| !name.is_empty());
             let interface = name.unwrap_or_else(|| format!("interface {ifindex}"));
             EmitError::Send { interface, source }
@@ -36,7 +38,10 @@ impl PacketSocket {
     pub(super) fn send(&self, ifindex: IfIndex, frame: &[u8]) -> io::Result<()> {
         let sent = self.socket.send_to(frame, &link_address(ifindex)?)?;
         if sent != frame.len() {
-            return Err(io::Error::new(io::ErrorKind::WriteZero, "the frame was cut"));
+            return Err(io::Error::new(
+                io::ErrorKind::WriteZero,
+                "the frame was cut",
+            ));
         }
         Ok(())
     }
@@ -46,8 +51,11 @@ impl PacketSocket {
 pub(super) fn delete_link(ifindex: IfIndex) -> io::Result<()> {
     const LEN: u8 = 32;
 
-    let socket =
-        Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(Protocol::from(libc::NETLINK_ROUTE)))?;
+    let socket = Socket::new(
+        Domain::from(libc::AF_NETLINK),
+        Type::RAW,
+        Some(Protocol::from(libc::NETLINK_ROUTE)),
+    )?;
     // struct nlmsghdr, then struct ifinfomsg, whose third word is the index.
     let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK;
     let mut message = [0_u8; LEN as usize];

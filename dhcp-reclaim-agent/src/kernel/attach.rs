@@ -8,6 +8,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::{
+    Hook, KernelError, interface_name,
+    load::{PinDir, path_error, program},
+};
+use crate::core::{IfIndex, Port, Role};
 use aya::{
     Ebpf,
     programs::{
@@ -17,11 +22,6 @@ use aya::{
         xdp::XdpLink,
     },
 };
-use super::{
-    Hook, KernelError, interface_name,
-    load::{PinDir, path_error, program},
-};
-use crate::core::{IfIndex, Port, Role};
 
 /// How the programs came to sit on a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,7 +57,10 @@ struct Held {
 }
 
 enum Link {
-    Pinned { link: PinnedLink, path: PathBuf },
+    Pinned {
+        link: PinnedLink,
+        path: PathBuf,
+    },
     /// Not pinned: goes with the process.
     Tcx(FdLink),
     /// A filter cannot be pinned, but outlives the process as it is.
@@ -142,7 +145,9 @@ impl Attachments {
         let entries = fs::read_dir(&links).map_err(|source| path_error(&links, source))?;
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let owner = name.to_str().and_then(|name| name.split_once('-')?.0.parse().ok());
+            let owner = name
+                .to_str()
+                .and_then(|name| name.split_once('-')?.0.parse().ok());
             if owner.is_some_and(|owner| self.has(owner)) {
                 continue;
             }
@@ -249,7 +254,13 @@ fn attach_tcx(
             }
         }
         if let Ok(link) = PinnedLink::from_pin(path) {
-            return Ok(Held { hook, link: Link::Pinned { link, path: path.to_owned() } });
+            return Ok(Held {
+                hook,
+                link: Link::Pinned {
+                    link,
+                    path: path.to_owned(),
+                },
+            });
         }
     }
     // First: behind a neighbour that ends the chain (Cilium) nothing would be seen.
@@ -259,7 +270,10 @@ fn attach_tcx(
     let link = match pin {
         None => Link::Tcx(link),
         Some(path) => match link.pin(path) {
-            Ok(link) => Link::Pinned { link, path: path.to_owned() },
+            Ok(link) => Link::Pinned {
+                link,
+                path: path.to_owned(),
+            },
             Err(error) => return Err(other(error)),
         },
     };
@@ -273,10 +287,16 @@ fn attach_clsact(
 ) -> Result<Held, ProgramError> {
     // It may be there already; if not, attaching says why.
     let _ = tc::qdisc_add_clsact(interface);
-    let first = NlOptions { priority: 1, ..NlOptions::default() };
+    let first = NlOptions {
+        priority: 1,
+        ..NlOptions::default()
+    };
     let id = program.attach_with_options(interface, way, TcAttachOptions::Netlink(first))?;
     let link = program.take_link(id)?;
-    Ok(Held { hook: AttachedHook::Clsact, link: Link::Clsact(ManuallyDrop::new(link)) })
+    Ok(Held {
+        hook: AttachedHook::Clsact,
+        link: Link::Clsact(ManuallyDrop::new(link)),
+    })
 }
 
 fn attach_xdp(
@@ -295,13 +315,20 @@ fn attach_xdp(
     ];
     for (_, hook, name) in modes {
         let path = pins.links().join(format!("{ifindex}-{name}"));
-        let Ok(pinned) = PinnedLink::from_pin(&path) else { continue };
+        let Ok(pinned) = PinnedLink::from_pin(&path) else {
+            continue;
+        };
         let taken = XdpLink::try_from(FdLink::from(pinned))
             .map_err(other)
             .and_then(|link| program.attach_to_link(link))
             .and_then(|id| program.take_link(id));
         match (taken, PinnedLink::from_pin(&path)) {
-            (Ok(_), Ok(link)) => return Ok(Held { hook, link: Link::Pinned { link, path } }),
+            (Ok(_), Ok(link)) => {
+                return Ok(Held {
+                    hook,
+                    link: Link::Pinned { link, path },
+                });
+            }
             _ => {
                 let _ = fs::remove_file(path);
             }
@@ -316,7 +343,9 @@ fn attach_xdp(
                 continue;
             }
         };
-        let Ok(link) = program.take_link(id) else { continue };
+        let Ok(link) = program.take_link(id) else {
+            continue;
+        };
         let path = pins.links().join(format!("{ifindex}-{name}"));
         let link = match FdLink::try_from(link) {
             Ok(link) => match link.pin(&path) {
@@ -343,7 +372,11 @@ fn attach_xdp(
     if interface_name(ifindex).is_none() {
         return Err(KernelError::PortGone { ifindex });
     }
-    Err(KernelError::Attach { program: "xdp_ingress", name: interface, hooks: failures.join("; ") })
+    Err(KernelError::Attach {
+        program: "xdp_ingress",
+        name: interface,
+        hooks: failures.join("; "),
+    })
 }
 
 /// aya asks for names; ports are renamed while they come up.

@@ -307,10 +307,9 @@ fn check_privilege() -> Result<(), KernelError> {
         .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .unwrap_or(0);
     let has = |cap: u32| caps & (1 << cap) != 0;
-    // CAP_SYS_ADMIN was split into the two others in Linux 5.8.
-    let missing = NEEDED
-        .iter()
-        .find(|(cap, _)| !has(*cap) && !(*cap > SYS_ADMIN && has(SYS_ADMIN)));
+    // The two that CAP_SYS_ADMIN was split into in Linux 5.8.
+    let implied = |cap: u32| cap > SYS_ADMIN && has(SYS_ADMIN);
+    let missing = NEEDED.iter().find(|(cap, _)| !(has(*cap) || implied(*cap)));
     match missing {
         Some((_, missing)) => Err(KernelError::Privilege { missing }),
         None => Ok(()),

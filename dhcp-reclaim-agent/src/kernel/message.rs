@@ -116,3 +116,100 @@ fn watch_key(segment: IfIndex, vlan: Vlan, kind: u8, bytes: &[u8]) -> WatchKey {
 fn address(bytes: [u8; 4]) -> Option<Ipv4Addr> {
     (bytes != [0; 4]).then(|| bytes.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use dhcp_reclaim_ebpf::abi::{ANOMALY_DUPLICATE, PRESENT_MESSAGE_TYPE};
+    use zerocopy::FromZeros as _;
+
+    use super::*;
+
+    fn request() -> Record {
+        Record {
+            direction: DIRECTION_FROM_PORT,
+            role: ROLE_VM,
+            vlan: [0, 100],
+            present: PRESENT_MESSAGE_TYPE | PRESENT_CLIENT_ID | PRESENT_LEASE_TIME,
+            op: 1,
+            message_type: 3,
+            xid: [0, 0, 1, 0],
+            ciaddr: [192, 0, 2, 50],
+            requested_ip: [192, 0, 2, 51],
+            lease_time: [0xff; 4],
+            client_id_len: 3,
+            client_id: [7; 255],
+            ..Record::new_zeroed()
+        }
+    }
+
+    #[test]
+    fn what_is_absent_or_zero_is_none() {
+        let message = message(&request()).unwrap();
+        assert_eq!((message.vlan, message.xid), (100, 256));
+        assert_eq!(message.ciaddr, Some(Ipv4Addr::new(192, 0, 2, 50)));
+        assert_eq!(
+            (message.yiaddr, message.giaddr, message.server_id),
+            (None, None, None)
+        );
+        assert_eq!(message.requested_ip, None, "option 50 was not well formed");
+        assert_eq!(
+            (message.lease_secs, message.renewal_secs),
+            (Some(u32::MAX), None)
+        );
+        assert_eq!(message.client_id.as_deref(), Some(&[7; 3][..]));
+        assert!(!message.ambiguous && !message.rapid_commit);
+    }
+
+    #[test]
+    fn any_anomaly_makes_it_ambiguous() {
+        let record = Record {
+            anomalies: ANOMALY_DUPLICATE,
+            ..request()
+        };
+        assert!(message(&record).unwrap().ambiguous);
+    }
+
+    #[test]
+    fn what_has_no_meaning_says_why() {
+        let why = |record: Record| message(&record).unwrap_err();
+        assert_eq!(
+            why(Record {
+                message_type: 0,
+                ..request()
+            }),
+            Malformed::NoType
+        );
+        assert_eq!(
+            why(Record {
+                message_type: 13,
+                ..request()
+            }),
+            Malformed::Type(13)
+        );
+        assert_eq!(
+            why(Record { op: 2, ..request() }),
+            Malformed::Op { op: 2, kind: 3 }
+        );
+        assert_eq!(
+            why(Record {
+                message_type: 5,
+                ..request()
+            }),
+            Malformed::Op { op: 1, kind: 5 }
+        );
+        assert_eq!(
+            why(Record {
+                direction: 9,
+                ..request()
+            }),
+            Malformed::Direction(9)
+        );
+        assert_eq!(
+            why(Record {
+                role: 0,
+                ..request()
+            }),
+            Malformed::Role(0)
+        );
+    }
+}

@@ -23,8 +23,10 @@ impl RecordRing {
         const NAME: &str = "RECORDS";
 
         let map = ebpf.take_map(NAME).ok_or(KernelError::Object(NAME))?;
-        let ring = RingBuf::try_from(map)
-            .map_err(|error| KernelError::Map { name: NAME, source: Box::new(error) })?;
+        let ring = RingBuf::try_from(map).map_err(|error| KernelError::Map {
+            name: NAME,
+            source: Box::new(error),
+        })?;
         // SAFETY: the descriptor is the map's, which `ring` owns, never closes and never swaps.
         let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }
             .map_err(|error| KernelError::Poll(error.into_parts().1))?;

@@ -214,127 +214,416 @@ pub fn all() -> Vec<Vector> {
     let selecting = Builder::selecting;
     let mut vectors = vec![];
     let mut add = |name, outcome, anomalies, builder: Builder| {
-        vectors.push(Vector { name, frame: builder.build(), tag: Tag::NONE, outcome, anomalies });
+        vectors.push(Vector {
+            name,
+            frame: builder.build(),
+            tag: Tag::NONE,
+            outcome,
+            anomalies,
+        });
     };
 
     let mut good = |name, builder| add(name, Outcome::Message, 0, builder);
     good("selecting", selecting());
     good("discover", Builder::client(DISCOVER));
-    good("discover, rapid commit", Builder::client(DISCOVER).option(80, &[]));
-    good("decline", Builder::client(DECLINE).option(50, &CLIENT_IP).option(54, &SERVER_IP));
+    good(
+        "discover, rapid commit",
+        Builder::client(DISCOVER).option(80, &[]),
+    );
+    good(
+        "decline",
+        Builder::client(DECLINE)
+            .option(50, &CLIENT_IP)
+            .option(54, &SERVER_IP),
+    );
     good("release", Builder::client(RELEASE).option(54, &SERVER_IP));
     good("unknown type", Builder::client(99));
-    good("renewing", Builder::client(REQUEST).with(|b| {
-        b.ciaddr = CLIENT_IP;
-        b.source_ip = CLIENT_IP;
-        b.destination_ip = SERVER_IP;
-        b.destination_mac = SERVER_MAC;
-    }));
+    good(
+        "renewing",
+        Builder::client(REQUEST).with(|b| {
+            b.ciaddr = CLIENT_IP;
+            b.source_ip = CLIENT_IP;
+            b.destination_ip = SERVER_IP;
+            b.destination_mac = SERVER_MAC;
+        }),
+    );
     good("ack", Builder::server(ACK));
     good("nak", Builder::server(NAK));
-    good("relayed", Builder::server(ACK).option(82, &[1, 2, 3, 4]).with(|b| b.destination_port = 67));
-    good("client from another port", selecting().with(|b| b.source_port = 4711));
-    good("plain BOOTP", Builder::client(REQUEST).with(|b| b.options.clear()));
-    good("other options", selecting().option(12, b"host").option(55, &[1, 3, 6, 15]).option(57, &[5, 220]));
-    good("client-id of 255", Builder::client(REQUEST).option(61, &[0xc1; 255]));
-    good("client-id of 2", Builder::client(REQUEST).option(61, &[0, 7]));
-    good("pads between", Builder::client(REQUEST).raw(&[0; 60]).option(50, &CLIENT_IP));
+    good(
+        "relayed",
+        Builder::server(ACK)
+            .option(82, &[1, 2, 3, 4])
+            .with(|b| b.destination_port = 67),
+    );
+    good(
+        "client from another port",
+        selecting().with(|b| b.source_port = 4711),
+    );
+    good(
+        "plain BOOTP",
+        Builder::client(REQUEST).with(|b| b.options.clear()),
+    );
+    good(
+        "other options",
+        selecting()
+            .option(12, b"host")
+            .option(55, &[1, 3, 6, 15])
+            .option(57, &[5, 220]),
+    );
+    good(
+        "client-id of 255",
+        Builder::client(REQUEST).option(61, &[0xc1; 255]),
+    );
+    good(
+        "client-id of 2",
+        Builder::client(REQUEST).option(61, &[0, 7]),
+    );
+    good(
+        "pads between",
+        Builder::client(REQUEST)
+            .raw(&[0; 60])
+            .option(50, &CLIENT_IP),
+    );
     good("padded frame", selecting().with(|b| b.trailer = 40));
-    good("IP options", selecting().with(|b| b.ip_options = vec![1; 40]));
-    good("one tag", selecting().with(|b| b.tags = vec![(0x8100, 0x6064)]));
-    good("priority tag", selecting().with(|b| b.tags = vec![(0x8100, 0xe000)]));
-    good("one tag, IP options", selecting().with(|b| {
-        b.tags = vec![(0x8100, 100)];
-        b.ip_options = vec![1; 4];
-    }));
-    good("overload of file", Builder::client(REQUEST).option(52, &[1]).with(|b| {
-        b.file = [option(50, &CLIENT_IP), vec![255]].concat();
-    }));
-    good("overload of sname", Builder::client(REQUEST).option(52, &[2]).with(|b| {
-        b.sname = [option(61, &[9; 50]), vec![255]].concat();
-    }));
-    good("overload of both, full to the brim", Builder::client(REQUEST).option(52, &[3]).with(|b| {
-        b.file = [option(61, &[7; 125]), vec![255]].concat();
-        b.sname = [option(50, &CLIENT_IP), option(54, &SERVER_IP), vec![0; 51], vec![255]].concat();
-    }));
-    good("file and sname in use for names", selecting().with(|b| {
-        b.file = vec![50; 128];
-        b.sname = vec![54; 64];
-    }));
-    good("behind a long message", Builder::client(REQUEST)
-        .option(43, &[0; 255]).option(43, &[0; 255]).option(43, &[0; 255]).option(43, &[0; 255])
-        .option(43, &[0; 255]).option(43, &[0; 255]).option(50, &CLIENT_IP));
-    good("end, then a buffer more", selecting().raw(&[255]).raw(&[0xaa; 2000]));
+    good(
+        "IP options",
+        selecting().with(|b| b.ip_options = vec![1; 40]),
+    );
+    good(
+        "one tag",
+        selecting().with(|b| b.tags = vec![(0x8100, 0x6064)]),
+    );
+    good(
+        "priority tag",
+        selecting().with(|b| b.tags = vec![(0x8100, 0xe000)]),
+    );
+    good(
+        "one tag, IP options",
+        selecting().with(|b| {
+            b.tags = vec![(0x8100, 100)];
+            b.ip_options = vec![1; 4];
+        }),
+    );
+    good(
+        "overload of file",
+        Builder::client(REQUEST).option(52, &[1]).with(|b| {
+            b.file = [option(50, &CLIENT_IP), vec![255]].concat();
+        }),
+    );
+    good(
+        "overload of sname",
+        Builder::client(REQUEST).option(52, &[2]).with(|b| {
+            b.sname = [option(61, &[9; 50]), vec![255]].concat();
+        }),
+    );
+    good(
+        "overload of both, full to the brim",
+        Builder::client(REQUEST).option(52, &[3]).with(|b| {
+            b.file = [option(61, &[7; 125]), vec![255]].concat();
+            b.sname = [
+                option(50, &CLIENT_IP),
+                option(54, &SERVER_IP),
+                vec![0; 51],
+                vec![255],
+            ]
+            .concat();
+        }),
+    );
+    good(
+        "file and sname in use for names",
+        selecting().with(|b| {
+            b.file = vec![50; 128];
+            b.sname = vec![54; 64];
+        }),
+    );
+    good(
+        "behind a long message",
+        Builder::client(REQUEST)
+            .option(43, &[0; 255])
+            .option(43, &[0; 255])
+            .option(43, &[0; 255])
+            .option(43, &[0; 255])
+            .option(43, &[0; 255])
+            .option(43, &[0; 255])
+            .option(50, &CLIENT_IP),
+    );
+    good(
+        "end, then a buffer more",
+        selecting().raw(&[255]).raw(&[0xaa; 2000]),
+    );
 
     let mut odd = |name, anomaly, builder| add(name, Outcome::Message, anomaly, builder);
-    odd("length of 50", ANOMALY_OPTION_LENGTH, Builder::client(REQUEST).option(50, &[1, 2, 3]));
-    odd("length of 51", ANOMALY_OPTION_LENGTH, Builder::client(ACK).option(51, &[0; 5]));
-    odd("length of 53", ANOMALY_OPTION_LENGTH, Builder::client(REQUEST).with(|b| b.options = vec![53, 2, 3, 3]));
-    odd("length of 54", ANOMALY_OPTION_LENGTH, Builder::client(REQUEST).option(54, &[]));
-    odd("length of 58", ANOMALY_OPTION_LENGTH, Builder::client(ACK).option(58, &[0; 3]));
-    odd("length of 59", ANOMALY_OPTION_LENGTH, Builder::client(ACK).option(59, &[0; 8]));
-    odd("length of 61", ANOMALY_OPTION_LENGTH, Builder::client(REQUEST).option(61, &[1]));
-    odd("length of 80", ANOMALY_OPTION_LENGTH, Builder::client(DISCOVER).option(80, &[1]));
-    odd("length of 82", ANOMALY_OPTION_LENGTH, Builder::client(REQUEST).option(82, &[]));
-    odd("length of 52", ANOMALY_OPTION_LENGTH, Builder::client(REQUEST).option(52, &[1, 1]));
-    odd("value of 52", ANOMALY_OPTION_LENGTH, Builder::client(REQUEST).option(52, &[4]));
-    odd("53 twice", ANOMALY_DUPLICATE, Builder::client(REQUEST).option(53, &[RELEASE]));
-    odd("50 twice", ANOMALY_DUPLICATE, selecting().option(50, &[10, 0, 0, 1]));
-    odd("split client-id", ANOMALY_DUPLICATE, selecting().option(61, &[5; 10]));
-    odd("52 twice", ANOMALY_DUPLICATE, Builder::client(REQUEST).option(52, &[1]).option(52, &[1])
-        .with(|b| b.file = vec![255]));
-    odd("53 again in file", ANOMALY_DUPLICATE, Builder::client(REQUEST).option(52, &[1])
-        .with(|b| b.file = vec![53, 1, DECLINE, 255]));
-    odd("no end", ANOMALY_NO_END, selecting().with(|b| b.end = false));
-    odd("no options", ANOMALY_NO_END, Builder::client(REQUEST).with(|b| {
-        b.options.clear();
-        b.end = false;
-    }));
-    odd("no end in file", ANOMALY_NO_END, Builder::client(REQUEST).option(52, &[1])
-        .with(|b| b.file = option(12, &[0; 126])));
-    odd("empty file", ANOMALY_TOO_MANY, Builder::client(REQUEST).option(52, &[1]));
-    odd("runs past the end", ANOMALY_OVERRUN, selecting().raw(&[12, 200, 1]).with(|b| b.end = false));
-    odd("ends within an option's head", ANOMALY_OVERRUN, selecting().raw(&[12]).with(|b| b.end = false));
-    odd("runs past sname into file", ANOMALY_OVERRUN, Builder::client(REQUEST).option(52, &[2])
-        .with(|b| b.sname = [option(12, &[0; 60]), vec![61, 9]].concat()));
-    odd("pad flood", ANOMALY_TOO_MANY, Builder::client(REQUEST).raw(&[0; 120]).option(54, &SERVER_IP));
-    odd("more than the buffer", ANOMALY_TOO_MANY, (0..9).fold(Builder::client(REQUEST), |b, _| b.option(43, &[0; 255])));
-    odd("first fragment", ANOMALY_FRAGMENT, selecting().with(|b| {
-        b.fragment = 0x2000;
-        b.udp_length = 600;
-    }));
-    odd("UDP shorter than IP", ANOMALY_LENGTHS | ANOMALY_NO_END, selecting().with(|b| b.udp_length = -1));
-    odd("UDP longer than IP", ANOMALY_LENGTHS, selecting().with(|b| b.udp_length = 4));
-    odd("IP shorter than UDP", ANOMALY_LENGTHS | ANOMALY_NO_END, selecting().with(|b| b.ip_length = -1));
-    odd("two tags", ANOMALY_STACKED_TAGS, selecting().with(|b| b.tags = vec![(0x8100, 5), (0x8100, 6)]));
-    odd("service tag", ANOMALY_STACKED_TAGS, selecting().with(|b| b.tags = vec![(0x88a8, 5)]));
-    odd("QinQ", ANOMALY_STACKED_TAGS, selecting().with(|b| b.tags = vec![(0x88a8, 5), (0x8100, 6)]));
-    odd("old QinQ", ANOMALY_STACKED_TAGS, selecting().with(|b| b.tags = vec![(0x9100, 5), (0x8100, 6)]));
-    odd("hlen", ANOMALY_HARDWARE_TYPE, selecting().with(|b| b.hlen = 255));
-    odd("htype", ANOMALY_HARDWARE_TYPE, selecting().with(|b| b.htype = 6));
+    odd(
+        "length of 50",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(REQUEST).option(50, &[1, 2, 3]),
+    );
+    odd(
+        "length of 51",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(ACK).option(51, &[0; 5]),
+    );
+    odd(
+        "length of 53",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(REQUEST).with(|b| b.options = vec![53, 2, 3, 3]),
+    );
+    odd(
+        "length of 54",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(REQUEST).option(54, &[]),
+    );
+    odd(
+        "length of 58",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(ACK).option(58, &[0; 3]),
+    );
+    odd(
+        "length of 59",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(ACK).option(59, &[0; 8]),
+    );
+    odd(
+        "length of 61",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(REQUEST).option(61, &[1]),
+    );
+    odd(
+        "length of 80",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(DISCOVER).option(80, &[1]),
+    );
+    odd(
+        "length of 82",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(REQUEST).option(82, &[]),
+    );
+    odd(
+        "length of 52",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(REQUEST).option(52, &[1, 1]),
+    );
+    odd(
+        "value of 52",
+        ANOMALY_OPTION_LENGTH,
+        Builder::client(REQUEST).option(52, &[4]),
+    );
+    odd(
+        "53 twice",
+        ANOMALY_DUPLICATE,
+        Builder::client(REQUEST).option(53, &[RELEASE]),
+    );
+    odd(
+        "50 twice",
+        ANOMALY_DUPLICATE,
+        selecting().option(50, &[10, 0, 0, 1]),
+    );
+    odd(
+        "split client-id",
+        ANOMALY_DUPLICATE,
+        selecting().option(61, &[5; 10]),
+    );
+    odd(
+        "52 twice",
+        ANOMALY_DUPLICATE,
+        Builder::client(REQUEST)
+            .option(52, &[1])
+            .option(52, &[1])
+            .with(|b| b.file = vec![255]),
+    );
+    odd(
+        "53 again in file",
+        ANOMALY_DUPLICATE,
+        Builder::client(REQUEST)
+            .option(52, &[1])
+            .with(|b| b.file = vec![53, 1, DECLINE, 255]),
+    );
+    odd(
+        "no end",
+        ANOMALY_NO_END,
+        selecting().with(|b| b.end = false),
+    );
+    odd(
+        "no options",
+        ANOMALY_NO_END,
+        Builder::client(REQUEST).with(|b| {
+            b.options.clear();
+            b.end = false;
+        }),
+    );
+    odd(
+        "no end in file",
+        ANOMALY_NO_END,
+        Builder::client(REQUEST)
+            .option(52, &[1])
+            .with(|b| b.file = option(12, &[0; 126])),
+    );
+    odd(
+        "empty file",
+        ANOMALY_TOO_MANY,
+        Builder::client(REQUEST).option(52, &[1]),
+    );
+    odd(
+        "runs past the end",
+        ANOMALY_OVERRUN,
+        selecting().raw(&[12, 200, 1]).with(|b| b.end = false),
+    );
+    odd(
+        "ends within an option's head",
+        ANOMALY_OVERRUN,
+        selecting().raw(&[12]).with(|b| b.end = false),
+    );
+    odd(
+        "runs past sname into file",
+        ANOMALY_OVERRUN,
+        Builder::client(REQUEST)
+            .option(52, &[2])
+            .with(|b| b.sname = [option(12, &[0; 60]), vec![61, 9]].concat()),
+    );
+    odd(
+        "pad flood",
+        ANOMALY_TOO_MANY,
+        Builder::client(REQUEST)
+            .raw(&[0; 120])
+            .option(54, &SERVER_IP),
+    );
+    odd(
+        "more than the buffer",
+        ANOMALY_TOO_MANY,
+        (0..9).fold(Builder::client(REQUEST), |b, _| b.option(43, &[0; 255])),
+    );
+    odd(
+        "first fragment",
+        ANOMALY_FRAGMENT,
+        selecting().with(|b| {
+            b.fragment = 0x2000;
+            b.udp_length = 600;
+        }),
+    );
+    odd(
+        "UDP shorter than IP",
+        ANOMALY_LENGTHS | ANOMALY_NO_END,
+        selecting().with(|b| b.udp_length = -1),
+    );
+    odd(
+        "UDP longer than IP",
+        ANOMALY_LENGTHS,
+        selecting().with(|b| b.udp_length = 4),
+    );
+    odd(
+        "IP shorter than UDP",
+        ANOMALY_LENGTHS | ANOMALY_NO_END,
+        selecting().with(|b| b.ip_length = -1),
+    );
+    odd(
+        "two tags",
+        ANOMALY_STACKED_TAGS,
+        selecting().with(|b| b.tags = vec![(0x8100, 5), (0x8100, 6)]),
+    );
+    odd(
+        "service tag",
+        ANOMALY_STACKED_TAGS,
+        selecting().with(|b| b.tags = vec![(0x88a8, 5)]),
+    );
+    odd(
+        "QinQ",
+        ANOMALY_STACKED_TAGS,
+        selecting().with(|b| b.tags = vec![(0x88a8, 5), (0x8100, 6)]),
+    );
+    odd(
+        "old QinQ",
+        ANOMALY_STACKED_TAGS,
+        selecting().with(|b| b.tags = vec![(0x9100, 5), (0x8100, 6)]),
+    );
+    odd(
+        "hlen",
+        ANOMALY_HARDWARE_TYPE,
+        selecting().with(|b| b.hlen = 255),
+    );
+    odd(
+        "htype",
+        ANOMALY_HARDWARE_TYPE,
+        selecting().with(|b| b.htype = 6),
+    );
 
-    add("later fragment", Outcome::Other, 0, selecting().with(|b| b.fragment = 0x2010));
-    add("three tags", Outcome::Other, 0, selecting().with(|b| {
-        b.tags = vec![(0x8100, 5), (0x8100, 6), (0x8100, 7)];
-    }));
-    add("PPPoE", Outcome::Other, 0, selecting().with(|b| b.ethertype = 0x8864));
-    add("IPv6", Outcome::Other, 0, selecting().with(|b| b.ethertype = 0x86dd));
-    add("version 5", Outcome::Other, 0, selecting().with(|b| b.version_ihl = Some(0x55)));
-    add("header of 16", Outcome::Other, 0, selecting().with(|b| b.version_ihl = Some(0x44)));
-    add("DNS", Outcome::Other, 0, selecting().with(|b| b.destination_port = 53));
-    add("IP longer than the frame", Outcome::Truncated, 0, selecting().with(|b| b.ip_length = 1));
-    add("IP shorter than its header", Outcome::Truncated, 0, selecting().with(|b| b.ip_length = -300));
+    add(
+        "later fragment",
+        Outcome::Other,
+        0,
+        selecting().with(|b| b.fragment = 0x2010),
+    );
+    add(
+        "three tags",
+        Outcome::Other,
+        0,
+        selecting().with(|b| {
+            b.tags = vec![(0x8100, 5), (0x8100, 6), (0x8100, 7)];
+        }),
+    );
+    add(
+        "PPPoE",
+        Outcome::Other,
+        0,
+        selecting().with(|b| b.ethertype = 0x8864),
+    );
+    add(
+        "IPv6",
+        Outcome::Other,
+        0,
+        selecting().with(|b| b.ethertype = 0x86dd),
+    );
+    add(
+        "version 5",
+        Outcome::Other,
+        0,
+        selecting().with(|b| b.version_ihl = Some(0x55)),
+    );
+    add(
+        "header of 16",
+        Outcome::Other,
+        0,
+        selecting().with(|b| b.version_ihl = Some(0x44)),
+    );
+    add(
+        "DNS",
+        Outcome::Other,
+        0,
+        selecting().with(|b| b.destination_port = 53),
+    );
+    add(
+        "IP longer than the frame",
+        Outcome::Truncated,
+        0,
+        selecting().with(|b| b.ip_length = 1),
+    );
+    add(
+        "IP shorter than its header",
+        Outcome::Truncated,
+        0,
+        selecting().with(|b| b.ip_length = -300),
+    );
     add("UDP length of 7", Outcome::Truncated, 0, {
         let true_length = 8 + 240 + selecting().options.len() as i32 + 1;
         selecting().with(|b| b.udp_length = 7 - true_length)
     });
     add("op 3", Outcome::NotDhcp, 0, selecting().with(|b| b.op = 3));
-    add("no cookie", Outcome::NotDhcp, 0, selecting().with(|b| b.cookie = [0; 4]));
+    add(
+        "no cookie",
+        Outcome::NotDhcp,
+        0,
+        selecting().with(|b| b.cookie = [0; 4]),
+    );
 
     let frame = selecting().build();
     let mut cut = |name, len: usize, outcome| {
         let frame = frame[..len].to_vec();
-        vectors.push(Vector { name, frame, tag: Tag::NONE, outcome, anomalies: 0 });
+        vectors.push(Vector {
+            name,
+            frame,
+            tag: Tag::NONE,
+            outcome,
+            anomalies: 0,
+        });
     };
     cut("cut in the Ethernet header", 14, Outcome::Other);
     cut("cut in the UDP header", 41, Outcome::Other);
@@ -358,13 +647,31 @@ pub fn all() -> Vec<Vector> {
     let mut tagged = |name, protocol, tci, anomalies, builder: Builder| {
         let tag = Tag { protocol, tci };
         let frame = builder.build();
-        vectors.push(Vector { name, frame, tag, outcome: Outcome::Message, anomalies });
+        vectors.push(Vector {
+            name,
+            frame,
+            tag,
+            outcome: Outcome::Message,
+            anomalies,
+        });
     };
     tagged("tag in metadata", 0x8100, 0x6064, 0, selecting());
     tagged("priority tag in metadata", 0x8100, 0x6000, 0, selecting());
-    tagged("service tag in metadata", 0x88a8, 5, ANOMALY_STACKED_TAGS, selecting());
-    tagged("tags in metadata and frame", 0x8100, 5, ANOMALY_STACKED_TAGS, selecting().with(|b| {
-        b.tags = vec![(0x8100, 6)];
-    }));
+    tagged(
+        "service tag in metadata",
+        0x88a8,
+        5,
+        ANOMALY_STACKED_TAGS,
+        selecting(),
+    );
+    tagged(
+        "tags in metadata and frame",
+        0x8100,
+        5,
+        ANOMALY_STACKED_TAGS,
+        selecting().with(|b| {
+            b.tags = vec![(0x8100, 6)];
+        }),
+    );
     vectors
 }

@@ -39,7 +39,11 @@ pub fn alone(test: impl FnOnce() + Send + 'static) {
 }
 
 pub fn options(hook: Hook) -> LoadOptions {
-    LoadOptions { bpffs: PathBuf::from(BPFFS), hook, ..LoadOptions::default() }
+    LoadOptions {
+        bpffs: PathBuf::from(BPFFS),
+        hook,
+        ..LoadOptions::default()
+    }
 }
 
 #[track_caller]
@@ -50,13 +54,21 @@ pub fn load(hook: Hook) -> Kernel {
 /// `ip(8)` with these words.
 #[track_caller]
 pub fn ip(words: &str) {
-    let status = Command::new("ip").args(words.split_whitespace()).status().unwrap();
+    let status = Command::new("ip")
+        .args(words.split_whitespace())
+        .status()
+        .unwrap();
     assert!(status.success(), "ip {words}");
 }
 
 pub fn port(name: &str, role: Role) -> Port {
     let ifindex = if_nametoindex(name).unwrap();
-    Port { ifindex, name: name.to_owned(), segment: SEGMENT, role }
+    Port {
+        ifindex,
+        name: name.to_owned(),
+        segment: SEGMENT,
+        role,
+    }
 }
 
 /// A veth pair: the port `vm0`, and the VM's end `guest0`.
@@ -72,19 +84,19 @@ pub fn vm_port() -> (Port, u32) {
 
 /// Needs a runtime, as the agent's loop does.
 pub fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
 }
 
 /// `n` records, or what came within two seconds.
-pub fn records(
-    runtime: &tokio::runtime::Runtime,
-    ring: &mut RecordRing,
-    n: usize,
-) -> Vec<Record> {
+pub fn records(runtime: &tokio::runtime::Runtime, ring: &mut RecordRing, n: usize) -> Vec<Record> {
     let mut all = Vec::new();
     while all.len() < n {
-        let batch = runtime
-            .block_on(async { tokio::time::timeout(Duration::from_secs(2), ring.next_batch()).await });
+        let batch = runtime.block_on(async {
+            tokio::time::timeout(Duration::from_secs(2), ring.next_batch()).await
+        });
         match batch {
             Ok(batch) => all.extend(batch.unwrap()),
             Err(_) => break,
