@@ -21,6 +21,7 @@ use crate::{
 };
 
 pub const DEFAULT_CONTROL: &str = "/run/dhcp-reclaim/control.sock";
+const DEFAULT_STATE: &str = "/var/lib/dhcp-reclaim";
 const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
 /// How the agent behaves; every value is within its bounds.
@@ -34,6 +35,10 @@ pub struct Settings {
     pub commit: Commit,
     pub bpffs: PathBuf,
     pub control: PathBuf,
+    /// Folder of the agent's own memory.
+    pub state: PathBuf,
+    /// A stop takes the kernel half along; else it listens on for the next agent.
+    pub detach_on_exit: bool,
     pub dry_run: bool,
 
     /// Without a frame for this long, an address is probed.
@@ -76,6 +81,8 @@ impl Default for Settings {
             commit: Commit::Ack,
             bpffs: PathBuf::from(DEFAULT_BPFFS),
             control: PathBuf::from(DEFAULT_CONTROL),
+            state: PathBuf::from(DEFAULT_STATE),
+            detach_on_exit: false,
             dry_run: false,
             silence: Duration::from_secs(30),
             probe_interval: Duration::from_secs(10),
@@ -163,6 +170,15 @@ pub struct Options {
     /// Socket for list, explain, events and stats [default: /run/dhcp-reclaim/control.sock]
     #[arg(long, value_name = "PATH", env = "DHCP_RECLAIM_CONTROL")]
     pub control: Option<PathBuf>,
+    /// Folder for what must outlive the agent: leases and the audit trail
+    /// [default: /var/lib/dhcp-reclaim]
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Leave nothing in the kernel when the agent stops; else the programs go on listening, so that
+    /// a restart or an upgrade misses nothing [default: false]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(value_name = "BOOL", hide_possible_values = true)]
+    pub detach_on_exit: Option<bool>,
     /// Do everything except send a RELEASE, and say what would have been sent
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(value_name = "BOOL", hide_possible_values = true)]
@@ -223,7 +239,7 @@ pub struct Options {
 }
 
 /// All keys of a file, as in [`Options`].
-const KEYS: [&str; 25] = [
+const KEYS: [&str; 27] = [
     "bridge",
     "port",
     "uplink",
@@ -231,6 +247,8 @@ const KEYS: [&str; 25] = [
     "commit",
     "bpffs",
     "control",
+    "state",
+    "detach-on-exit",
     "dry-run",
     "silence",
     "probe-interval",
@@ -382,6 +400,8 @@ impl Settings {
             commit: pick!(commit),
             bpffs: pick!(bpffs),
             control: pick!(control),
+            state: pick!(state),
+            detach_on_exit: pick!(detach_on_exit),
             dry_run: pick!(dry_run),
             silence: span!(silence),
             probe_interval: span!(probe_interval),

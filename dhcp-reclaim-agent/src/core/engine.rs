@@ -1,5 +1,7 @@
 //! The machine: what happened and what time it is go in, what is to be done comes out.
 
+mod memory;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     net::Ipv4Addr,
@@ -14,9 +16,11 @@ use super::{
     types::{
         Action, Event, Evidence, IfIndex, Key, MacAddr, Message, MessageType, Notice, NoticeKind,
         Port, PortLoss, Probe, ProbeVia, Release, ReleaseOutcome, Role, SegmentId, State, Time,
-        Vlan,
+        TransactionId, Vlan,
     },
 };
+
+pub use self::memory::{Saved, SavedTransaction};
 
 /// An answer later than this answers nothing (FACTS: bind only an ACK within two minutes).
 const TRANSACTION: Duration = Duration::from_secs(120);
@@ -207,9 +211,13 @@ impl Engine {
             return;
         };
         let moved_from = (info.port.segment != port.segment).then_some(info.port.segment);
+        let renamed = info.port.name != port.name;
         info.port = port;
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
         for key in keys {
+            if renamed {
+                self.save(key);
+            }
             if moved_from.is_some() {
                 // Its lease belongs to the segment that it was taken on.
                 self.end(
@@ -310,6 +318,7 @@ impl Engine {
         for key in keys {
             if let Some(binding) = self.bindings.get_mut(&key) {
                 binding.doubt = Some(binding.doubt.unwrap_or(Doubt::RecordsLost(now)));
+                self.save(key);
             }
         }
     }
@@ -413,6 +422,7 @@ impl Engine {
                     binding.server = ask.server().or(binding.server);
                     binding.client_id.clone_from(&message.client_id);
                 }
+                self.save(key);
             }
             return;
         }
@@ -667,8 +677,10 @@ impl Engine {
         // The same frame goes on to its victim's port: what it answers is not believed.
         let any = MacAddr::BROADCAST;
         let same_xid = (message.xid, MacAddr::default(), 0)..=(message.xid, any, IfIndex::MAX);
-        for (_, transaction) in self.transactions.range_mut(same_xid) {
+        for (&(xid, chaddr, port), transaction) in self.transactions.range_mut(same_xid) {
             transaction.poisoned = true;
+            let id = TransactionId { port, xid, chaddr };
+            self.actions.push_back(Action::SaveTransaction { id });
         }
         let Some(info) = self.ports.get_mut(&message.port) else {
             return;
@@ -740,6 +752,7 @@ impl Engine {
                 if let Some(binding) = self.bindings.get_mut(&key) {
                     binding.doubt = Some(Doubt::Conflict(now));
                 }
+                self.save(key);
             }
             self.restart_hold(key, now);
         }
@@ -798,6 +811,7 @@ impl Engine {
                 && let Some(binding) = self.bindings.get_mut(&key)
             {
                 binding.doubt = Some(Doubt::Ambiguous);
+                self.save(key);
             }
         }
     }
@@ -823,6 +837,7 @@ impl Engine {
             .insert((transaction.at + TRANSACTION, message.port, id.0, id.1));
         self.transactions
             .insert((id.0, id.1, message.port), transaction);
+        self.save_transaction(message.port, id.0, id.1);
     }
 
     fn close_transaction_timer(&mut self, port: IfIndex, (xid, mac): (u32, MacAddr)) {
@@ -834,7 +849,9 @@ impl Engine {
 
     fn close_transaction(&mut self, port: IfIndex, xid: u32, mac: MacAddr) {
         self.close_transaction_timer(port, (xid, mac));
-        self.transactions.remove(&(xid, mac, port));
+        if self.transactions.remove(&(xid, mac, port)).is_some() {
+            self.save_transaction(port, xid, mac);
+        }
         if let Some(info) = self.ports.get_mut(&port) {
             info.transactions.remove(&(xid, mac));
         }
@@ -1144,6 +1161,7 @@ impl Engine {
             ReleaseOutcome::Vetoed => {
                 binding.state = State::Silent;
                 binding.vetoed = true;
+                self.save(key);
                 self.add("releases_vetoed", 1);
                 self.add(held_counter(Gate::Kernel), 1);
                 self.tell(
@@ -1158,6 +1176,7 @@ impl Engine {
                 binding.state = State::Gone;
                 binding.failures += 1;
                 let again = now + RETRY * binding.failures.min(60);
+                self.save(key);
                 self.add("releases_failed", 1);
                 self.tell(
                     key,
@@ -1215,6 +1234,7 @@ impl Engine {
             self.recover(key, now);
         }
         self.schedule(key, now + RETENTION);
+        self.save(key);
     }
 
     fn recover(&mut self, key: Key, now: Time) {
@@ -1248,7 +1268,11 @@ impl Engine {
             && at > since
         {
             binding.doubt = None;
+            self.save(key);
         }
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
         match binding.state {
             // On its way: the kernel has the last word, and `released` hears it.
             State::Releasing => return,
@@ -1279,7 +1303,12 @@ impl Engine {
         if !address {
             return;
         }
-        binding.seen_alive = true;
+        if !std::mem::replace(&mut binding.seen_alive, true) {
+            self.save(key);
+        }
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
         if binding.state == State::Requested && self.policy.commit == Commit::Request {
             binding.tentative_until = None;
             self.set_state(
@@ -1331,6 +1360,7 @@ impl Engine {
         };
         binding.port = port;
         binding.port_name.clone_from(&name);
+        self.save(key);
         self.tell(
             key,
             NoticeKind::Moved,
@@ -1594,6 +1624,7 @@ impl Engine {
         }
         self.live += usize::from(binding.is_live());
         self.bindings.insert(key, binding);
+        self.save(key);
     }
 
     fn remove(&mut self, key: Key) {
@@ -1601,6 +1632,7 @@ impl Engine {
             return;
         };
         self.live -= usize::from(binding.is_live());
+        self.save(key);
         if let Some(due) = binding.due {
             self.timers.remove(&(due, key));
         }
@@ -1639,6 +1671,7 @@ impl Engine {
         };
         binding.state = state;
         binding.since = now;
+        self.save(key);
         self.tell(key, kind, reason, now);
     }
 

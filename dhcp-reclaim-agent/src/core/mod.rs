@@ -12,6 +12,6 @@ pub mod policy;
 mod tests;
 pub mod types;
 
-pub use engine::Engine;
+pub use engine::{Engine, Saved, SavedTransaction};
 pub use policy::{Commit, Policy};
 pub use types::*;
