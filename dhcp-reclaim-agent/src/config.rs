@@ -520,7 +520,11 @@ impl Settings {
                 return Some((key, "zero".to_owned(), "give 1 or more"));
             }
         }
-        for (key, path) in [("bpffs", &self.bpffs), ("control", &self.control)] {
+        for (key, path) in [
+            ("bpffs", &self.bpffs),
+            ("control", &self.control),
+            ("state", &self.state),
+        ] {
             if !path.is_absolute() {
                 let problem = format!("`{}` is not an absolute path", path.display());
                 return Some((key, problem, "start it with `/`"));
@@ -555,6 +559,7 @@ impl<'a> File<'a> {
             "bridge" => !flags.bridge.is_empty(),
             "bpffs" => flags.bpffs.is_some(),
             "control" => flags.control.is_some(),
+            "state" => flags.state.is_some(),
             "silence" => flags.silence.is_some(),
             "probe-interval" => flags.probe_interval.is_some(),
             "misses" => flags.misses.is_some(),
@@ -759,6 +764,8 @@ mod tests {
             commit = "request"
             bpffs = "/bpf"
             control = "/tmp/c.sock"
+            state = "/tmp/state"
+            detach-on-exit = true
             dry-run = true
             silence = "20s"
             probe-interval = "500ms"
@@ -787,6 +794,8 @@ mod tests {
             commit: Commit::Request,
             bpffs: "/bpf".into(),
             control: "/tmp/c.sock".into(),
+            state: "/tmp/state".into(),
+            detach_on_exit: true,
             dry_run: true,
             silence: Duration::from_secs(20),
             probe_interval: Duration::from_millis(500),

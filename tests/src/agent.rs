@@ -29,6 +29,9 @@ use crate::{
 /// Where `cargo xtask` says that the agent is.
 pub const BIN: &str = "DHCP_RECLAIM_BIN";
 
+/// Where the agent of a sandbox keeps its memory.
+pub const STATE: &str = "/run/lab/state";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     Tc,
@@ -88,7 +91,7 @@ impl Setup {
             control: Path::new(DIR).join("control.sock"),
             name: "agent".to_owned(),
         }
-        .args(&["--bridge", BRIDGE, "--bpffs", BPFFS]);
+        .args(&["--bridge", BRIDGE, "--bpffs", BPFFS, "--state", STATE]);
         if place == Place::Remote {
             setup = setup.args(&["--uplink", UPLINK]);
         }
@@ -143,7 +146,7 @@ impl Setup {
         let mut words = vec!["dhcp-reclaim run".to_owned()];
         let mut args = self.args.iter().map(|arg| arg.to_string_lossy());
         while let Some(arg) = args.next() {
-            if arg == "--bpffs" {
+            if arg == "--bpffs" || arg == "--state" {
                 args.next();
                 continue;
             }
@@ -295,6 +298,11 @@ impl Agent {
 
     pub fn control(&self) -> &Path {
         &self.control
+    }
+
+    /// SIGKILL: what a crash looks like to everybody else.
+    pub fn kill(mut self) {
+        self.process.kill();
     }
 
     /// SIGTERM, and waits for a clean end.

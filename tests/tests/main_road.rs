@@ -459,7 +459,7 @@ lab_test! {
         let Some(bpftool) = find("bpftool") else {
             return skip("bpftool is not installed");
         };
-        let (_world, agent, _wire, _vm, _ip) = one_vm(&[])?;
+        let (_world, agent, _wire, _vm, _ip) = one_vm(&["--detach-on-exit"])?;
         let attached = |when: &str| -> Result<String> {
             run(Command::new(&bpftool).arg("net")).with_context(|| when.to_owned())
         };

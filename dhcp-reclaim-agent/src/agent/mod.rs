@@ -2,6 +2,7 @@
 
 mod armed;
 mod epochs;
+mod memory;
 mod segments;
 mod view;
 
@@ -24,6 +25,7 @@ use tracing::{debug, error, info, trace, warn};
 use self::{
     armed::{Armed, Scope},
     epochs::Epochs,
+    memory::Memory,
     segments::Segments,
     view::Clocks,
 };
@@ -36,9 +38,10 @@ use crate::{
         Probe, ProbeVia, Release, ReleaseOutcome, Role, Time,
     },
     emit::{PacketSocket, PrivateLink},
-    kernel::{self, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
+    kernel::{self, BATCH, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
     packet::{arp, release::release_frame},
     ports::{PortEvent, PortWatcher, local_addresses},
+    store::Store,
 };
 
 /// The coarse tier's clock: how finely "heard lately" is known.
@@ -62,6 +65,7 @@ struct Agent {
     ring: RecordRing,
     requests: mpsc::Receiver<ControlRequest>,
     control: Arc<ControlStats>,
+    memory: Memory,
     ports: PortWatcher,
     link: PrivateLink,
     socket: PacketSocket,
@@ -91,12 +95,16 @@ struct Counters {
     controls_failed: u64,
     watch_failures: u64,
     arm_failures: u64,
+    store_failures: u64,
+    commits: u64,
 }
 
 impl Agent {
     async fn start(settings: Settings) -> anyhow::Result<Self> {
         // First, since it is what tells two agents apart.
         let server = ControlServer::bind(&settings.control)?;
+        let boot = clock::boot_id().context("cannot read the boot's id")?;
+        let (store, remembered) = Store::open(&settings.state, clock::wall())?;
         let kernel_debug = tracing::enabled!(tracing::Level::DEBUG);
         let mut kernel = Kernel::load(&LoadOptions {
             bpffs: settings.bpffs.clone(),
@@ -132,6 +140,7 @@ impl Agent {
             ring,
             requests,
             control,
+            memory: Memory::new(store, boot),
             started_at: clock::wall(),
             ports,
             link,
@@ -146,9 +155,13 @@ impl Agent {
             settings,
         };
         agent.next_epoch();
+        for row in &remembered.ports {
+            agent.memory.knew_port(row);
+        }
         for event in present {
             agent.port_event(event).await;
         }
+        agent.remember(remembered).await;
         let stale = agent.kernel.forget_unwatched()?;
         if !stale.is_empty() {
             info!(
@@ -187,10 +200,9 @@ impl Agent {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
                 event = self.ports.next() => self.port_event(event?).await,
-                records = self.ring.next_batch() => {
-                    for record in records? {
-                        self.record(&record).await;
-                    }
+                ready = self.ring.ready() => {
+                    ready?;
+                    self.read_batch().await;
                 }
                 () = sleep(wait) => {
                     self.drain().await;
@@ -200,9 +212,21 @@ impl Agent {
                 Some(request) = self.requests.recv() => self.answer(request),
                 _ = tick.tick() => self.tick().await,
             }
+            self.commit();
         }
         info!("stopping");
-        self.kernel.unpin_all()?;
+        self.commit();
+        if self.settings.detach_on_exit {
+            self.kernel.unpin_all()?;
+            return Ok(());
+        }
+        // What is left goes on listening for the next agent, and nobody looks closer until then.
+        for port in self.watched.keys() {
+            self.kernel.set_exact(*port, false);
+        }
+        for key in self.kernel.armed()? {
+            self.kernel.disarm(&key)?;
+        }
         Ok(())
     }
 
@@ -237,20 +261,28 @@ impl Agent {
             Err(error) => {
                 self.counters.malformed_records += 1;
                 debug!(%error, ifindex = record.ifindex, "record refused");
+                // What could not be read may have mattered.
+                let port = record.ifindex;
+                self.tell(Event::RecordsLost { port, count: 1 }).await;
             }
         }
     }
 
+    /// Reads at most a batch of records; their places in the ring are theirs until the commit.
+    async fn read_batch(&mut self) -> bool {
+        for _ in 0..BATCH {
+            let Some(record) = self.ring.read() else {
+                return false;
+            };
+            Box::pin(self.record(&record)).await;
+        }
+        true
+    }
+
     /// Whatever the kernel half has seen by now is heard before anything is decided.
     async fn drain(&mut self) {
-        loop {
-            let records = self.ring.take_now();
-            if records.is_empty() {
-                return;
-            }
-            for record in records {
-                Box::pin(self.record(&record)).await;
-            }
+        while self.read_batch().await {
+            self.commit();
         }
     }
 
@@ -295,7 +327,13 @@ impl Agent {
             }
         }
         let ifindex = port.ifindex;
-        let lost = self.kernel.port_lost(ifindex).unwrap_or(0);
+        // A slot that was the port's already may have lost records that nobody heard of; a new one
+        // counts from zero.
+        let total = self.kernel.port_lost(ifindex).unwrap_or(0);
+        let lost = match self.watched.get(&ifindex) {
+            Some(watched) => watched.lost,
+            None => self.memory.port_lost(ifindex, &port.name).min(total),
+        };
         self.watched.insert(
             ifindex,
             Watched {
@@ -303,6 +341,7 @@ impl Agent {
                 lost,
             },
         );
+        self.memory.port(ifindex);
         self.apply_exact(ifindex);
         self.tell(Event::PortUp(port)).await;
     }
@@ -316,6 +355,7 @@ impl Agent {
             PortLoss::Deleted | PortLoss::Detached => {
                 self.kernel.unwatch(ifindex);
                 self.watched.remove(&ifindex);
+                self.memory.port(ifindex);
             }
         }
         self.tell(Event::PortDown {
@@ -338,6 +378,7 @@ impl Agent {
         };
         let lost = total.wrapping_sub(watched.lost);
         watched.lost = total;
+        self.memory.port(ifindex);
         Box::pin(self.tell(Event::RecordsLost {
             port: ifindex,
             count: lost,
@@ -348,6 +389,29 @@ impl Agent {
     // ---- what is to be done ------------------------------------------------------------------
 
     async fn carry_out(&mut self) {
+        loop {
+            self.carry_out_all().await;
+            let intents = self.memory.take_intents();
+            if intents.is_empty() {
+                return;
+            }
+            // Before the first of the frames, so that no crash makes one leave twice.
+            let committed = self.commit();
+            for intent in intents {
+                let outcome = if committed {
+                    self.release(&intent.release, intent.xid).await
+                } else {
+                    ReleaseOutcome::Failed
+                };
+                let key = intent.key;
+                self.memory.settle(intent, outcome);
+                self.engine
+                    .handle(Event::Released { key, outcome }, clock::monotonic());
+            }
+        }
+    }
+
+    async fn carry_out_all(&mut self) {
         while let Some(action) = self.engine.poll_action() {
             let answer = match action {
                 Action::Arm {
@@ -382,8 +446,16 @@ impl Agent {
                     continue;
                 }
                 Action::Release { key, release } => {
-                    let outcome = self.release(&release).await;
-                    Event::Released { key, outcome }
+                    self.intend(key, release);
+                    continue;
+                }
+                Action::Save { key } => {
+                    self.memory.binding(key);
+                    continue;
+                }
+                Action::SaveTransaction { id } => {
+                    self.memory.transaction(id);
+                    continue;
                 }
                 Action::Notify(notice) => {
                     self.notify(notice);
@@ -509,7 +581,7 @@ impl Agent {
         }
     }
 
-    async fn release(&mut self, release: &Release) -> ReleaseOutcome {
+    async fn release(&mut self, release: &Release, xid: u32) -> ReleaseOutcome {
         if self.settings.dry_run {
             return ReleaseOutcome::DryRun;
         }
@@ -528,9 +600,6 @@ impl Agent {
             EMIT_INGRESS
         } else {
             EMIT_EGRESS
-        };
-        let Some(xid) = draw_xid() else {
-            return ReleaseOutcome::Failed;
         };
         let order = EmitOrder {
             silent_since_ns: release.silent_since.as_nanos(),
@@ -661,6 +730,8 @@ impl Agent {
             controls_failed,
             watch_failures,
             arm_failures,
+            store_failures,
+            commits,
         } = self.counters;
         let agent = [
             ("malformed_records", malformed_records),
@@ -668,6 +739,8 @@ impl Agent {
             ("controls_failed", controls_failed),
             ("watch_failures", watch_failures),
             ("arm_failures", arm_failures),
+            ("store_failures", store_failures),
+            ("commits", commits),
             ("link_resyncs", self.ports.resyncs()),
             ("link_messages_malformed", self.ports.malformed()),
             (
@@ -702,7 +775,10 @@ fn follow_kernel_log(kernel: &mut Kernel) -> anyhow::Result<()> {
     let Some(logger) = kernel.logger() else {
         return Ok(());
     };
-    #[expect(deprecated, reason = "its successor is unsafe; the logger owns its descriptor")]
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe; the logger owns its descriptor"
+    )]
     let mut logger = AsyncFd::with_interest(logger, Interest::READABLE)
         .context("cannot follow the kernel half's log")?;
     tokio::spawn(async move {

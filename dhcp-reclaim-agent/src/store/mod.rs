@@ -206,9 +206,7 @@ impl Store {
             next_audit: 0,
         };
         store.check_format()?;
-        let memory = store
-            .read()
-            .map_err(|error| Refused::of(path, error))?;
+        let memory = store.read().map_err(|error| Refused::of(path, error))?;
         Ok((store, memory))
     }
 

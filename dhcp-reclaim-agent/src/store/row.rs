@@ -163,10 +163,7 @@ impl BindingRow {
             }),
             expires: self.expires.map(|at| self.written.ahead(at, now)),
             tentative_until: self.tentative_until.map(|at| self.written.ahead(at, now)),
-            last_seen: self
-                .last_seen
-                .filter(|_| same_boot)
-                .map(Time::from_nanos),
+            last_seen: self.last_seen.filter(|_| same_boot).map(Time::from_nanos),
         }
     }
 }

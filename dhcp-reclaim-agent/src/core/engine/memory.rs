@@ -188,8 +188,13 @@ impl Engine {
             }
             State::Bound if present => self.schedule(key, now + self.policy.probe_wait),
             State::Bound => self.lose_port(key, PortLoss::Deleted, now),
-            State::Silent | State::Gone | State::Releasing | State::Refused | State::Withdrawn
-            | State::Expired | State::Moved => {}
+            State::Silent
+            | State::Gone
+            | State::Releasing
+            | State::Refused
+            | State::Withdrawn
+            | State::Expired
+            | State::Moved => {}
         }
     }
 
