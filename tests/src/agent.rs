@@ -49,6 +49,7 @@ pub struct Agent {
 pub struct Setup {
     args: Vec<OsString>,
     control: PathBuf,
+    state: PathBuf,
     name: String,
 }
 
@@ -89,9 +90,10 @@ impl Setup {
         let mut setup = Self {
             args: Vec::new(),
             control: Path::new(DIR).join("control.sock"),
+            state: STATE.into(),
             name: "agent".to_owned(),
         }
-        .args(&["--bridge", BRIDGE, "--bpffs", BPFFS, "--state", STATE]);
+        .args(&["--bridge", BRIDGE, "--bpffs", BPFFS]);
         if place == Place::Remote {
             setup = setup.args(&["--uplink", UPLINK]);
         }
@@ -127,9 +129,10 @@ impl Setup {
         self
     }
 
-    /// Another socket and log, for a second agent.
+    /// Another socket, memory and log, for a second agent.
     pub fn named(mut self, name: &str) -> Self {
         self.control = Path::new(DIR).join(format!("{name}.sock"));
+        self.state = Path::new(DIR).join(format!("{name}.state"));
         name.clone_into(&mut self.name);
         self
     }
@@ -138,6 +141,7 @@ impl Setup {
         let mut command = Command::new(binary()?);
         command.arg("run").args(&self.args);
         command.arg("--control").arg(&self.control);
+        command.arg("--state").arg(&self.state);
         Ok(command)
     }
 
@@ -146,7 +150,7 @@ impl Setup {
         let mut words = vec!["dhcp-reclaim run".to_owned()];
         let mut args = self.args.iter().map(|arg| arg.to_string_lossy());
         while let Some(arg) = args.next() {
-            if arg == "--bpffs" || arg == "--state" {
+            if arg == "--bpffs" {
                 args.next();
                 continue;
             }

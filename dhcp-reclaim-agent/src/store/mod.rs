@@ -18,7 +18,7 @@ use std::{
 use jiff::Timestamp;
 use redb::{
     Builder, Database, DatabaseError, ReadableDatabase as _, ReadableTable as _,
-    ReadableTableMetadata as _, StorageError, TableDefinition,
+    ReadableTableMetadata as _, TableDefinition,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tracing::warn;
@@ -356,8 +356,245 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Option<T> {
         .ok()
 }
 
-impl From<StorageError> for Refused {
-    fn from(error: StorageError) -> Self {
-        Self::Contents(error.to_string())
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::core::{Key, MacAddr, Saved, State};
+
+    fn now() -> Moment {
+        Moment {
+            boot: "this".to_owned(),
+            monotonic: Time::from_nanos(1_000),
+            wall: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn saved(n: u8) -> Saved {
+        Saved {
+            key: Key {
+                segment: 1,
+                vlan: 0,
+                ip: Ipv4Addr::new(10, 0, 0, n),
+            },
+            chaddr: MacAddr([2, 0, 0, 0, 0, n]),
+            client_id: Some(vec![7; 200]),
+            server: None,
+            server_mac: None,
+            port: 3,
+            port_name: "vm1".to_owned(),
+            state: State::Bound,
+            acked: true,
+            seen_alive: false,
+            doubt: None,
+            expires: None,
+            tentative_until: None,
+            last_seen: None,
+        }
+    }
+
+    fn put(store: &mut Store, n: u8, keep: bool) {
+        let mut batch = Batch::default();
+        let row = BindingRow::new("br0", saved(n), &now());
+        let key = BindingRow::key("br0", saved(n).key);
+        batch.binding(key, Some(&row).filter(|_| keep));
+        store.commit(&batch).unwrap();
+    }
+
+    fn open(dir: &Path) -> (Store, Memory) {
+        Store::open(dir, Timestamp::UNIX_EPOCH).unwrap_or_else(|error| panic!("{error:?}"))
+    }
+
+    fn aside(dir: &Path) -> usize {
+        let files = fs::read_dir(dir).unwrap().flatten();
+        files
+            .filter(|file| file.file_name().to_string_lossy().contains(".bad-"))
+            .count()
+    }
+
+    #[test]
+    fn what_was_committed_is_there_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("made/on/the/way");
+        let (mut store, memory) = open(&dir);
+        assert_eq!(memory.bindings.len(), 0);
+        for n in 1..=3 {
+            put(&mut store, n, true);
+        }
+        put(&mut store, 2, false);
+        drop(store);
+        let (_store, memory) = open(&dir);
+        let rows = memory.bindings.into_iter();
+        let found: Vec<_> = rows.map(|row| row.saved(1, &now())).collect();
+        assert_eq!(found, [saved(1), saved(3)]);
+        assert_eq!(aside(&dir), 0);
+    }
+
+    #[test]
+    fn two_cannot_have_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_first, _) = open(dir.path());
+        let Err(error) = Store::open(dir.path(), Timestamp::UNIX_EPOCH) else {
+            panic!("opened twice")
+        };
+        assert!(error.to_string().contains("another agent"), "{error}");
+        assert_eq!(aside(dir.path()), 0);
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_used_is_named() {
+        let Err(error) = Store::open(Path::new("/proc/nowhere"), Timestamp::UNIX_EPOCH) else {
+            panic!("made a folder in /proc")
+        };
+        assert_eq!(error.to_string(), "cannot use /proc/nowhere");
+    }
+
+    #[test]
+    fn foreign_and_newer_files_are_set_aside() {
+        let foreign = |path: &Path| {
+            let db = Database::create(path).unwrap();
+            let transaction = db.begin_write().unwrap();
+            transaction.open_table(BINDINGS).unwrap();
+            transaction.commit().unwrap();
+        };
+        let newer = |path: &Path| {
+            drop(open(path.parent().unwrap()));
+            let db = Database::create(path).unwrap();
+            let transaction = db.begin_write().unwrap();
+            transaction
+                .open_table(META)
+                .unwrap()
+                .insert("format", FORMAT + 1)
+                .unwrap();
+            transaction.commit().unwrap();
+        };
+        let text = |path: &Path| fs::write(path, "[bindings]\n".repeat(1000)).unwrap();
+        let makers: [&dyn Fn(&Path); 3] = [&foreign, &newer, &text];
+        for make in makers {
+            let dir = tempfile::tempdir().unwrap();
+            make(&dir.path().join(FILE));
+            let (mut store, memory) = open(dir.path());
+            assert_eq!((memory.bindings.len(), aside(dir.path())), (0, 1));
+            put(&mut store, 1, true);
+            drop(store);
+            assert_eq!(open(dir.path()).1.bindings.len(), 1);
+        }
+    }
+
+    /// Whatever happens to the file, the agent starts: with what was in it, or without.
+    #[test]
+    fn damage_never_stops_the_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(dir.path());
+        for n in 1..=200 {
+            put(&mut store, n, true);
+        }
+        drop(store);
+        let good = fs::read(dir.path().join(FILE)).unwrap();
+        let mut random: u64 = 42;
+        let mut draw = |below: usize| {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) as usize % below
+        };
+        let (mut whole, mut set_aside) = (0, 0);
+        for round in 0..120 {
+            let dir = tempfile::tempdir().unwrap();
+            let mut bad = good.clone();
+            match round % 4 {
+                0 => bad.truncate(draw(good.len())),
+                1 => {
+                    let at = draw(good.len() - 4096);
+                    bad[at..at + 4096].fill(0);
+                }
+                2 => {
+                    for _ in 0..1 + draw(20) {
+                        let at = draw(good.len());
+                        bad[at] ^= 1 << draw(8);
+                    }
+                }
+                // Where what matters most is.
+                _ => {
+                    let at = draw(320);
+                    bad[at] ^= 1 << draw(8);
+                }
+            }
+            fs::write(dir.path().join(FILE), bad).unwrap();
+            let (mut store, memory) = open(dir.path());
+            match (memory.bindings.len(), aside(dir.path())) {
+                (200, 0) => whole += 1,
+                (0, 1) => set_aside += 1,
+                // A header that says less: an earlier commit, or an empty file.
+                (_, 0) => whole += 1,
+                other => panic!("round {round}: {other:?}"),
+            }
+            put(&mut store, 201, true);
+        }
+        assert!(set_aside > 40, "{set_aside} set aside, {whole} whole");
+    }
+
+    #[test]
+    fn the_audit_trail_is_bounded_and_intents_become_unknown() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(dir.path());
+        let entry = |number, outcome| AuditEntry {
+            number,
+            ts: Timestamp::UNIX_EPOCH,
+            ip: Ipv4Addr::new(10, 0, 0, 1),
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            segment: "br0".to_owned(),
+            vlan: 0,
+            port: "vm1".to_owned(),
+            server: Ipv4Addr::new(10, 0, 0, 254),
+            server_mac: None,
+            silent_since: Timestamp::UNIX_EPOCH,
+            silent_for: std::time::Duration::from_secs(2),
+            probes: 3,
+            gates: Vec::new(),
+            xid: 7,
+            outcome,
+        };
+        let mut batch = Batch::default();
+        for _ in 0..AUDIT_ENTRIES + 5 {
+            batch.audit(&entry(store.next_audit(), AuditOutcome::Sent));
+        }
+        store.commit(&batch).unwrap();
+        let mut batch = Batch::default();
+        batch.audit(&entry(store.next_audit(), AuditOutcome::Intended));
+        store.commit(&batch).unwrap();
+        drop(store);
+        let (mut store, _) = open(dir.path());
+        let entries = store.audit().unwrap();
+        assert_eq!(entries.len() as u64, AUDIT_ENTRIES);
+        assert_eq!(entries.first().unwrap().number, 6);
+        assert_eq!(entries.last().unwrap().outcome, AuditOutcome::Unknown);
+        assert_eq!(store.next_audit(), AUDIT_ENTRIES + 6);
+    }
+
+    /// `cargo test --release -- --ignored --nocapture what_a_commit_costs`, with TMPDIR on a disk.
+    #[test]
+    #[ignore = "a measurement"]
+    #[expect(clippy::disallowed_methods, reason = "it measures")]
+    fn what_a_commit_costs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(dir.path());
+        for rows in [1_u8, 10, 250] {
+            let begin = std::time::Instant::now();
+            for _ in 0..100 {
+                let mut batch = Batch::default();
+                for n in 0..rows {
+                    let row = BindingRow::new("br0", saved(n), &now());
+                    batch.binding(BindingRow::key("br0", saved(n).key), Some(&row));
+                }
+                store.commit(&batch).unwrap();
+            }
+            let each = begin.elapsed() / 100;
+            println!(
+                "a commit of {rows} bindings: {each:?}, {:?} each",
+                each / rows.into()
+            );
+        }
     }
 }
