@@ -137,6 +137,12 @@ impl Setup {
         self
     }
 
+    /// Another socket, and nothing else.
+    pub fn control(mut self, path: &str) -> Self {
+        self.control = path.into();
+        self
+    }
+
     pub fn command(&self) -> Result<Command> {
         let mut command = Command::new(binary()?);
         command.arg("run").args(&self.args);

@@ -14,6 +14,7 @@ use anyhow::Context as _;
 use dhcp_reclaim_ebpf::abi::{
     EMIT_EGRESS, EMIT_INGRESS, EmitOrder, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_VETOED,
 };
+use futures::FutureExt as _;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -199,7 +200,7 @@ impl Agent {
                 biased;
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                event = self.ports.next() => self.port_event(event?).await,
+                event = self.ports.next() => self.port_events(event?).await?,
                 ready = self.ring.ready() => {
                     ready?;
                     self.read_batch().await;
@@ -284,6 +285,18 @@ impl Agent {
         while self.read_batch().await {
             self.commit();
         }
+    }
+
+    /// All that are there, so that a host that starts many VMs waits for one commit, not for many.
+    async fn port_events(&mut self, first: PortEvent) -> anyhow::Result<()> {
+        self.port_event(first).await;
+        for _ in 1..BATCH {
+            let Some(event) = self.ports.next().now_or_never() else {
+                break;
+            };
+            self.port_event(event?).await;
+        }
+        Ok(())
     }
 
     async fn port_event(&mut self, event: PortEvent) {

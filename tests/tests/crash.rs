@@ -1,0 +1,444 @@
+//! The agent dies at any moment, and nothing is forgotten and nothing is done twice.
+//!
+//! The judges are the server's own store and a capture of what reaches the server.
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env, fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+    thread::{self, sleep},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use dhcp_reclaim_tests::{
+    agent::{Agent, Hook, STATE, Setup},
+    clock::{Deadline, now},
+    fixture::{Mac, NIC, SERVER_IP, vm_mac},
+    lab_test,
+    sandbox::{BPFFS, DIR, test_in_world},
+    server::{Place, ServerKind},
+    vm::{Client, KillKind, Vm},
+    wire::{ACK, Capture, RELEASE},
+    world::{PATIENCE, World},
+};
+
+/// How often the agent is killed; 200 is the bar, which takes some minutes.
+const CRASHES: &str = "DHCP_RECLAIM_CRASHES";
+const SEED: &str = "DHCP_RECLAIM_SEED";
+/// VMs that there are at most, by number; a number lives again and again.
+const NUMBERS: u8 = 10;
+
+#[test]
+fn killed_at_random_moments() {
+    let crashes = number(CRASHES, 40);
+    test_in_world(
+        module_path!(),
+        "killed_at_random_moments",
+        Duration::from_secs(120) + Duration::from_secs(4) * crashes,
+        || churn(crashes, number(SEED, 1)),
+    );
+}
+
+fn number(name: &str, default: u32) -> u32 {
+    let given = env::var(name).ok().and_then(|value| value.parse().ok());
+    given.unwrap_or(default)
+}
+
+fn churn(crashes: u32, seed: u32) -> Result<()> {
+    let begin = now();
+    let world = World::new(ServerKind::Dnsmasq, Place::Remote, 100)?;
+    let setup = world.agent(Hook::Tc).args(&[
+        "--silence",
+        "1s",
+        "--probe-interval",
+        "200ms",
+        "--misses",
+        "2",
+        "--hold-down",
+        "400ms",
+        "--hold-down-uplink",
+        "400ms",
+        "--hold-down-silent",
+        "1s",
+        "--settle",
+        "200ms",
+        "--breaker",
+        "off",
+    ]);
+    let wire = Capture::start(world.server.netns(), NIC)?;
+    let done = AtomicU32::new(0);
+    let mut vms = Vms::new(&world, seed);
+    thread::scope(|scope| -> Result<()> {
+        let killer = scope.spawn(|| kill_often(&setup, crashes, seed, &done));
+        while !killer.is_finished() {
+            vms.step()
+                .with_context(|| format!("after {} crashes", done.load(Ordering::Relaxed)))?;
+        }
+        killer.join().map_err(|_| anyhow!("the killer panicked"))?
+    })?;
+    let agent = setup.start()?;
+    let log = || agent.log();
+    vms.finish()?;
+
+    // Whoever is dead has lost its lease in the end, except where nobody can know any more whether
+    // the RELEASE left.
+    let unknown = unknown_outcomes(&agent.log());
+    let deadline = Deadline::after(PATIENCE);
+    let mut held: Vec<_>;
+    loop {
+        let living: BTreeSet<Mac> = vms.living.values().map(|vm| vm.mac).collect();
+        held = world.server.leases()?;
+        held.retain(|lease| !living.contains(&lease.mac) && !unknown.contains(&lease.ip));
+        if held.is_empty() || deadline.passed() {
+            break;
+        }
+        sleep(Duration::from_millis(100));
+    }
+    ensure!(
+        held.is_empty(),
+        "seed {seed}: forgotten: {held:?}\nthe agent has {:?}\nlog:\n{}",
+        agent.list()?,
+        log()
+    );
+    for vm in vms.living.values() {
+        let ip = vm.lease().context("a living VM without a lease")?;
+        ensure!(world.server.has(ip)?, "{}: {ip} was taken away", vm.name);
+        let state = agent.state(ip)?;
+        ensure!(
+            ["bound", "silent"].contains(&state.as_str()),
+            "seed {seed}: {} is alive, and the agent has its {ip} as {state}\nlog:\n{}",
+            vm.name,
+            log()
+        );
+    }
+    let releases = judge(&wire, &vms.deaths).with_context(log)?;
+    ensure!(releases > 0, "the agent never released anything");
+    println!(
+        "NOTE seed {seed}: {crashes} crashes, {} VMs died and {} live, {releases} RELEASEs, {} of \
+         unknown outcome, in {:.0} s",
+        vms.deaths.len(),
+        vms.living.len(),
+        unknown.len(),
+        (now() - begin).as_secs_f64()
+    );
+    agent.stop()
+}
+
+fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Result<()> {
+    let mut random = Random::new(seed ^ 0x9e37);
+    for _ in 0..crashes {
+        let mut agent = setup.spawn()?;
+        // Most of them long enough to release something, and some while it still starts.
+        let life = match random.below(4) {
+            0 => random.below(400),
+            _ => 400 + random.below(1400),
+        };
+        sleep(Duration::from_millis(life.into()));
+        agent.check_alive()?;
+        agent.kill();
+        done.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// Every RELEASE of the agent's answers one death: the VM died after its last ACK, and nobody had
+/// released that lease yet.
+fn judge(wire: &Capture, deaths: &[Death]) -> Result<usize> {
+    let mut last: BTreeMap<(Ipv4Addr, Mac), (u8, Instant)> = BTreeMap::new();
+    let mut releases = 0;
+    for frame in wire.frames() {
+        let Some(dhcp) = frame.dhcp() else { continue };
+        let (kind, ip) = match dhcp.kind() {
+            Some(ACK) => (ACK, dhcp.yiaddr),
+            Some(RELEASE) => (RELEASE, dhcp.ciaddr),
+            Some(_) | None => continue,
+        };
+        let lease = (ip, dhcp.chaddr);
+        let before = last.insert(lease, (kind, frame.at));
+        let ours = dhcp
+            .option(56)
+            .is_some_and(|text| text.starts_with(b"dhcp-reclaim"));
+        if kind == ACK || !ours {
+            continue;
+        }
+        releases += 1;
+        let Some((ACK, leased_at)) = before else {
+            bail!("{lease:?} was released a second time: {before:?} came before");
+        };
+        let died = deaths
+            .iter()
+            .any(|death| death.mac == dhcp.chaddr && death.at > leased_at && death.at <= frame.at);
+        ensure!(died, "{lease:?} was released, and its VM was alive");
+    }
+    Ok(releases)
+}
+
+/// Addresses of which the agent says that it cannot know whether it released them.
+fn unknown_outcomes(log: &str) -> BTreeSet<Ipv4Addr> {
+    let lines = log.lines().filter(|line| line.contains("outcome unknown"));
+    lines
+        .filter_map(|line| {
+            let ip = line.split("ip=").nth(1)?;
+            ip.split_whitespace().next()?.parse().ok()
+        })
+        .collect()
+}
+
+struct Death {
+    mac: Mac,
+    at: Instant,
+}
+
+struct Vms<'a> {
+    world: &'a World,
+    random: Random,
+    living: BTreeMap<u8, Vm>,
+    /// Their ports are still there.
+    corpses: Vec<Vm>,
+    deaths: Vec<Death>,
+    /// Numbers that can be born again.
+    free: Vec<u8>,
+}
+
+impl<'a> Vms<'a> {
+    fn new(world: &'a World, seed: u32) -> Self {
+        Self {
+            world,
+            random: Random::new(seed),
+            living: BTreeMap::new(),
+            corpses: Vec::new(),
+            deaths: Vec::new(),
+            free: (1..=NUMBERS).collect(),
+        }
+    }
+
+    /// Something happens to somebody.
+    fn step(&mut self) -> Result<()> {
+        sleep(Duration::from_millis(self.random.below(150).into()));
+        let boot = self.living.len() < 3 || self.random.below(2) == 0;
+        if boot && !self.free.is_empty() {
+            let at = self.random.below(self.free.len().try_into()?);
+            let number = self.free.remove(at.try_into()?);
+            return self.boot(number);
+        }
+        let at = self.random.below(self.living.len().try_into()?);
+        let Some(&number) = self.living.keys().nth(at.try_into()?) else {
+            return Ok(());
+        };
+        match self.random.below(8) {
+            0 | 1 => self.living[&number].renew(),
+            2 => {
+                let vm = self.living.get_mut(&number).context("gone")?;
+                vm.release()?;
+                // It says so before its machine goes.
+                sleep(Duration::from_millis(100));
+                self.kill(number, KillKind::PortDeleted)
+            }
+            3 => self.kill(number, KillKind::PortKept),
+            4 => self.kill(number, KillKind::CarrierLost),
+            _ => self.kill(number, KillKind::PortDeleted),
+        }
+    }
+
+    /// The guest asks once its port is watched: a lease from before is not the agent's to know.
+    fn boot(&mut self, number: u8) -> Result<()> {
+        let name = format!("vm{number}");
+        let mut vm = Vm::off(&self.world.node, &name, vm_mac(number))?;
+        vm.plug_in()?;
+        let deadline = Deadline::after(PATIENCE);
+        while !is_watched(&name)? {
+            ensure!(!deadline.passed(), "{name} is not watched");
+            sleep(Duration::from_millis(5));
+        }
+        vm.start_client(Client::Udhcpc)?;
+        let ip = vm.wait_lease(PATIENCE)?;
+        vm.ping(SERVER_IP)
+            .with_context(|| format!("{name} has {ip}"))?;
+        self.living.insert(number, vm);
+        Ok(())
+    }
+
+    fn kill(&mut self, number: u8, kind: KillKind) -> Result<()> {
+        let mut vm = self.living.remove(&number).context("no such VM")?;
+        let at = vm.kill(kind)?;
+        self.deaths.push(Death { mac: vm.mac, at });
+        match kind {
+            KillKind::PortDeleted => self.free.push(number),
+            KillKind::CarrierLost | KillKind::PortKept => self.corpses.push(vm),
+        }
+        // Somebody takes the machine away, sooner or later.
+        if self.corpses.len() > 2 {
+            let vm = self.corpses.remove(0);
+            vm.unplug()?;
+            let number = (1..=NUMBERS).find(|n| vm_mac(*n) == vm.mac);
+            self.free.extend(number);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        while self.living.len() < 2 {
+            let number = self.free.pop().context("nobody left")?;
+            self.boot(number)?;
+        }
+        Ok(())
+    }
+}
+
+/// Both programs sit on the port, pinned.
+fn is_watched(port: &str) -> Result<bool> {
+    let ifindex = fs::read_to_string(format!("/sys/class/net/{port}/ifindex"))?;
+    let top = Path::new(BPFFS).join("dhcp-reclaim");
+    let Ok(versions) = fs::read_dir(top) else {
+        return Ok(false);
+    };
+    Ok(versions.flatten().any(|version| {
+        let links = version.path().join("links");
+        ["ingress", "egress"]
+            .iter()
+            .all(|way| links.join(format!("{}-{way}", ifindex.trim())).exists())
+    }))
+}
+
+/// Numbers from a seed; good enough to shake things.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u32) -> Self {
+        Self(u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1)
+    }
+
+    fn below(&mut self, limit: u32) -> u32 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let drawn = u32::try_from(self.0 >> 33).unwrap_or(0);
+        drawn % limit.max(1)
+    }
+}
+
+fn store() -> PathBuf {
+    Path::new(STATE).join("bindings.redb")
+}
+
+fn set_aside() -> Result<Vec<String>> {
+    let names = fs::read_dir(STATE)?.flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    Ok(names.filter(|name| name.contains(".bad-")).collect())
+}
+
+/// The lease of a VM that is learned, dies, and is freed.
+fn a_life(world: &World, agent: &Agent, number: u8) -> Result<()> {
+    let mut vm = world.boot(number)?;
+    let ip = vm.wait_lease(PATIENCE)?;
+    agent.wait_event("bound", ip, PATIENCE)?;
+    vm.kill(KillKind::PortDeleted)?;
+    world
+        .server
+        .wait_gone(ip, PATIENCE)
+        .with_context(|| agent.log())
+}
+
+lab_test! {
+    fn a_lease_is_remembered_and_the_vm_dies_meanwhile() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        let setup = world.agent(Hook::Tc).quick();
+        let agent = setup.start()?;
+        let wire = Capture::start(world.server.netns(), NIC)?;
+        let (mut dead, alive) = (world.boot(1)?, world.boot(2)?);
+        let (dead_ip, alive_ip) = (dead.wait_lease(PATIENCE)?, alive.wait_lease(PATIENCE)?);
+        agent.wait_event("bound", dead_ip, PATIENCE)?;
+        agent.wait_event("bound", alive_ip, PATIENCE)?;
+        agent.kill();
+        dead.kill(KillKind::PortDeleted)?;
+        let agent = setup.start()?;
+        world.server.wait_gone(dead_ip, PATIENCE).with_context(|| agent.log())?;
+        ensure!(agent.state(alive_ip)? == "bound", "{:?}", agent.list()?);
+        ensure!(world.server.has(alive_ip)?, "the living lost its lease");
+        ensure!(wire.dhcp(RELEASE).len() == 1, "{:?}", wire.dhcp(RELEASE));
+        agent.stop()
+    }
+
+    fn what_came_while_there_was_no_agent_is_read() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        let setup = world.agent(Hook::Tc).quick();
+        let agent = setup.start()?;
+        // Their ports are watched, and nobody has asked yet.
+        let mut vms = Vec::new();
+        for number in 1..=2 {
+            let mut vm = Vm::off(&world.node, &format!("vm{number}"), vm_mac(number))?;
+            vm.plug_in()?;
+            agent.wait_port_event("port-up", &vm.name, PATIENCE)?;
+            vms.push(vm);
+        }
+        agent.kill();
+        let mut leases = Vec::new();
+        for vm in &mut vms {
+            vm.start_client(Client::Udhcpc)?;
+            leases.push(vm.wait_lease(PATIENCE)?);
+        }
+        vms[0].kill(KillKind::PortDeleted)?;
+        // A clean stop leaves as much behind as a crash does.
+        let agent = setup.start()?;
+        world.server.wait_gone(leases[0], PATIENCE).with_context(|| agent.log())?;
+        ensure!(agent.state(leases[1])? == "bound", "{:?}\n{}", agent.list()?, agent.log());
+        agent.stop()?;
+        vms[1].renew()?;
+        vms[1].kill(KillKind::PortDeleted)?;
+        let agent = setup.start()?;
+        world.server.wait_gone(leases[1], PATIENCE).with_context(|| agent.log())
+    }
+
+    fn a_damaged_store_is_set_aside() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        let setup = world.agent(Hook::Tc).quick();
+        let agent = setup.start()?;
+        a_life(&world, &agent, 1)?;
+        agent.stop()?;
+        let mut bytes = fs::read(store())?;
+        let half = bytes.len() / 2;
+        bytes[512..half].fill(0xa5);
+        fs::write(store(), bytes)?;
+        let agent = setup.start()?;
+        let log = agent.log();
+        ensure!(log.contains("starting without it") && log.contains("bindings.redb"), "{log}");
+        ensure!(set_aside()?.len() == 1, "{:?}", set_aside()?);
+        a_life(&world, &agent, 2)?;
+        // The new one is a good one.
+        agent.kill();
+        let agent = setup.start()?;
+        ensure!(set_aside()?.len() == 1, "{:?}", set_aside()?);
+        a_life(&world, &agent, 3)
+    }
+
+    fn a_foreign_store_is_set_aside() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        fs::create_dir_all(STATE)?;
+        let text = "lease 10.67.0.100 { binding state active; }\n".repeat(100);
+        fs::write(store(), &text)?;
+        let agent = world.agent(Hook::Tc).quick().start()?;
+        let log = agent.log();
+        ensure!(log.contains("starting without it"), "{log}");
+        let aside = set_aside()?;
+        ensure!(aside.len() == 1, "{aside:?}");
+        let kept = fs::read_to_string(Path::new(STATE).join(&aside[0]))?;
+        ensure!(kept == text, "what was set aside is not what was there");
+        a_life(&world, &agent, 1)
+    }
+
+    fn a_store_in_use_is_no_reason_to_start_without_one() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 1)?;
+        let _agent = world.agent(Hook::Tc).quick().start()?;
+        let control = Path::new(DIR).join("other.sock").display().to_string();
+        let mut second = world.agent(Hook::Tc).quick().control(&control).spawn()?;
+        let status = second.wait_end(PATIENCE)?;
+        ensure!(!status.success(), "it started");
+        let log = second.log();
+        ensure!(log.contains("in use by another agent") && log.contains("--state"), "{log}");
+        ensure!(set_aside()?.is_empty(), "{:?}", set_aside()?);
+        Ok(())
+    }
+}
