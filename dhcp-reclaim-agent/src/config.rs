@@ -62,7 +62,7 @@ pub struct Settings {
     /// The breaker needs at least this many bindings to judge.
     pub breaker_min: u32,
     pub breaker_window: Duration,
-    /// RELEASEs a second, and how many at once.
+    /// RELEASEs a second to one server, and how many at once.
     pub rate: u32,
     pub burst: u32,
     /// DHCP records a second and at once, per port.
@@ -97,7 +97,7 @@ impl Default for Settings {
             breaker_min: 32,
             breaker_window: Duration::from_mins(1),
             rate: 50,
-            burst: 64,
+            burst: 32,
             record_rate: 15,
             record_burst: 60,
             bindings_per_port: 256,
@@ -221,10 +221,10 @@ pub struct Options {
     /// The breaker's window [default: 1m]
     #[arg(long, value_name = "SPAN", help_heading = "Limits")]
     pub breaker_window: Option<Span>,
-    /// RELEASEs a second [default: 50]
+    /// RELEASEs a second to one server [default: 50]
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     pub rate: Option<u32>,
-    /// RELEASEs at once [default: 64]
+    /// RELEASEs at once to one server [default: 32]
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     pub burst: Option<u32>,
     /// DHCP messages a second that one port may have recorded [default: 15]

@@ -51,6 +51,8 @@ pub struct Binding {
     pub vetoed: bool,
     /// RELEASEs that could not be sent.
     pub failures: u32,
+    /// Its place in the queue for its server's pace.
+    pub turn: Option<Time>,
 }
 
 /// Why a binding is not certain.

@@ -11,7 +11,7 @@ use std::{
 use super::{
     binding::{Ask, Binding, Check, Doubt, Speaker, Watching, lease_end},
     gates::{Case, Finding, Gate, Verdict, breaker_rule, secs},
-    limits::{Breaker, Bucket},
+    limits::{Breaker, Pacing},
     policy::{Commit, Policy},
     types::{
         Action, Event, Evidence, IfIndex, Key, MacAddr, Message, MessageType, Notice, NoticeKind,
@@ -81,14 +81,14 @@ pub struct Engine {
     timers: BTreeSet<(Time, Key)>,
     live: usize,
     breaker: Breaker,
-    bucket: Bucket,
+    pacing: Pacing,
     counters: BTreeMap<&'static str, u64>,
     actions: VecDeque<Action>,
 }
 
 impl Engine {
     pub fn new(policy: Policy, now: Time) -> Self {
-        let bucket = Bucket::new(policy.rate, policy.burst);
+        let pacing = Pacing::new(policy.rate, policy.burst);
         Self {
             policy,
             started_at: now,
@@ -102,7 +102,7 @@ impl Engine {
             timers: BTreeSet::new(),
             live: 0,
             breaker: Breaker::default(),
-            bucket,
+            pacing,
             counters: BTreeMap::new(),
             actions: VecDeque::new(),
         }
@@ -459,6 +459,7 @@ impl Engine {
             held_by: None,
             vetoed: false,
             failures: 0,
+            turn: None,
         });
         self.tell(
             key,
@@ -592,6 +593,7 @@ impl Engine {
             held_by: None,
             vetoed: false,
             failures: 0,
+            turn: None,
         });
         let kind = if renewed {
             NoticeKind::Renewed
@@ -1069,7 +1071,7 @@ impl Engine {
             }
         }
         let again = match stop.gate {
-            Gate::Rate => self.bucket.queue(now),
+            Gate::Rate => self.take_turn(key, stop.again_at, now),
             Gate::Confirmed
             | Gate::Lease
             | Gate::Dead
@@ -1099,6 +1101,21 @@ impl Engine {
         self.schedule(key, again);
     }
 
+    /// A place in its server's queue; who has had one comes back for the next token.
+    fn take_turn(&mut self, key: Key, again_at: Option<Time>, now: Time) -> Time {
+        let soon = now + Duration::from_millis(1);
+        let again = again_at.map_or(soon, |at| at.max(soon));
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return again;
+        };
+        let (None, Some(server)) = (binding.turn, binding.server) else {
+            return again;
+        };
+        let turn = self.pacing.queue((key.segment, key.vlan, server), now);
+        binding.turn = Some(turn);
+        turn.max(soon)
+    }
+
     fn order_release(&mut self, key: Key, now: Time) {
         let Some(binding) = self.bindings.get(&key) else {
             return;
@@ -1106,7 +1123,8 @@ impl Engine {
         let (Some(server), Check::Watching(watching)) = (binding.server, binding.check) else {
             return;
         };
-        if !self.bucket.take(now) {
+        if !self.pacing.take((key.segment, key.vlan, server), now) {
+            self.schedule(key, now + HELD_AGAIN);
             return;
         }
         let release = Release {
@@ -1174,6 +1192,7 @@ impl Engine {
             }
             ReleaseOutcome::Failed => {
                 binding.state = State::Gone;
+                binding.turn = None;
                 binding.failures += 1;
                 let again = now + RETRY * binding.failures.min(60);
                 self.save(key);
@@ -1488,6 +1507,7 @@ impl Engine {
             everywhere,
         });
         binding.evidence = None;
+        binding.turn = None;
         let own_port = Some(binding.port).filter(|_| lost.is_none());
         self.actions.push_back(Action::Arm {
             key,
@@ -1548,6 +1568,7 @@ impl Engine {
         }
         binding.check = Check::Idle;
         binding.failures = 0;
+        binding.turn = None;
         let seen = binding.last_seen.unwrap_or(now);
         let due = (seen + self.policy.silence).max(now + Duration::from_millis(1));
         let end = binding
@@ -1586,7 +1607,7 @@ impl Engine {
             uplink: self.has_uplink(key.segment),
             settled_at,
             breaker: &self.breaker,
-            bucket: &self.bucket,
+            pacing: &self.pacing,
             live: self.live,
         }
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     binding::{Binding, Check, Doubt},
-    limits::{Breaker, BreakerRule, Bucket},
+    limits::{Breaker, BreakerRule, Pacing},
     policy::Policy,
     types::{Key, PortLoss, State, Time},
 };
@@ -94,7 +94,7 @@ pub struct Case<'a> {
     /// Nothing is released before this.
     pub settled_at: Time,
     pub breaker: &'a Breaker,
-    pub bucket: &'a Bucket,
+    pub pacing: &'a Pacing,
     /// Live bindings of the node.
     pub live: usize,
 }
@@ -312,12 +312,21 @@ impl Case<'_> {
     }
 
     fn rate(&self, now: Time) -> Answer {
-        let ready = self.bucket.ready_at();
+        let Some(server) = self.binding.server else {
+            return pass("nobody to send to");
+        };
+        let key = self.binding.key;
+        let pace = (key.segment, key.vlan, server);
+        let ready = self.pacing.ready_at(pace, self.binding.turn, now);
         if now < ready {
-            let reason = format!("the next token comes in {}", secs(ready.since(now)));
+            let reason = format!(
+                "{} a second to {server}: its turn comes in {}",
+                self.policy.rate,
+                secs(ready.since(now))
+            );
             return (Verdict::Hold, reason, Some(ready));
         }
-        pass(format!("{} a second", self.policy.rate))
+        pass(format!("{} a second to {server}", self.policy.rate))
     }
 }
 

@@ -41,7 +41,7 @@ pub struct Policy {
     /// Deaths in one window that never open the breaker.
     pub breaker_min: usize,
     pub breaker_window: Duration,
-    /// RELEASEs a second, and how many at once.
+    /// RELEASEs a second to one server, and how many at once.
     pub rate: u32,
     pub burst: u32,
     pub bindings_per_port: usize,
@@ -65,7 +65,7 @@ impl Default for Policy {
             breaker_min: 32,
             breaker_window: Duration::from_secs(60),
             rate: 50,
-            burst: 64,
+            burst: 32,
             bindings_per_port: 256,
         }
     }

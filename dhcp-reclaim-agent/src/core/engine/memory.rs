@@ -164,6 +164,7 @@ impl Engine {
             held_by: None,
             vetoed: false,
             failures: 0,
+            turn: None,
         });
         self.add("bindings_restored", 1);
         match state {
