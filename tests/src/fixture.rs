@@ -14,8 +14,6 @@ pub const SERVER_MAC: Mac = Mac([0x02, 0xdc, 0, 0, 0, 0x03]);
 
 pub const SERVER_IP: Ipv4Addr = Ipv4Addr::new(10, 67, 0, 1);
 pub const BROADCAST_IP: Ipv4Addr = Ipv4Addr::new(10, 67, 0, 255);
-pub const SUBNET: Ipv4Addr = Ipv4Addr::new(10, 67, 0, 0);
-pub const NETMASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 pub const PREFIX: u8 = 24;
 
 /// Longer than any test, so that only a RELEASE frees an address.

@@ -1,6 +1,7 @@
 //! The lab: namespaces, bridges, servers and clients that tests and `cargo xtask run` share.
 pub mod agent;
 pub mod clock;
+pub mod crowd;
 pub mod fixture;
 pub mod netns;
 pub mod node;

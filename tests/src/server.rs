@@ -15,8 +15,7 @@ use serde_json::json;
 use crate::{
     clock::wall,
     fixture::{
-        BRIDGE, LEASE_SECONDS, Mac, NETMASK, NIC, PREFIX, SERVER_IP, SERVER_MAC, SUBNET, UPLINK,
-        UPLINK_MAC, pool_ip,
+        BRIDGE, LEASE_SECONDS, Mac, NIC, PREFIX, SERVER_IP, SERVER_MAC, UPLINK, UPLINK_MAC, pool_ip,
     },
     netns::NetNs,
     node::Node,
@@ -47,6 +46,46 @@ pub struct Lease {
     pub mac: Mac,
 }
 
+/// What a server may give away, and how it is to behave.
+#[derive(Clone, Copy, Debug)]
+pub struct Pool {
+    pub first: Ipv4Addr,
+    pub last: Ipv4Addr,
+    pub prefix: u8,
+    /// Whether it answers lease queries (RFC 4388): ISC dhcpd only.
+    pub leasequery: bool,
+}
+
+impl Pool {
+    /// A few addresses of the lab's own network.
+    pub fn small(count: u8) -> Self {
+        Self {
+            first: pool_ip(0),
+            last: pool_ip(count.saturating_sub(1)),
+            prefix: PREFIX,
+            leasequery: false,
+        }
+    }
+
+    /// More than a thousand addresses.
+    pub fn large() -> Self {
+        Self {
+            first: Ipv4Addr::new(10, 67, 4, 0),
+            last: Ipv4Addr::new(10, 67, 9, 255),
+            prefix: 16,
+            leasequery: false,
+        }
+    }
+
+    fn netmask(&self) -> Ipv4Addr {
+        Ipv4Addr::from_bits(u32::MAX << (32 - self.prefix))
+    }
+
+    fn subnet(&self) -> Ipv4Addr {
+        Ipv4Addr::from_bits(self.first.to_bits() & self.netmask().to_bits())
+    }
+}
+
 pub struct Server {
     pub kind: ServerKind,
     pub place: Place,
@@ -58,12 +97,17 @@ pub struct Server {
 impl Server {
     /// Starts a server for a pool of exactly `pool` addresses, and waits until it serves.
     pub fn start(node: &Node, kind: ServerKind, place: Place, pool: u8) -> Result<Self> {
+        Self::start_with(node, kind, place, Pool::small(pool))
+    }
+
+    pub fn start_with(node: &Node, kind: ServerKind, place: Place, pool: Pool) -> Result<Self> {
+        let prefix = pool.prefix;
         let (netns, link) = match place {
-            Place::Remote => (behind_uplink(node)?, NIC),
+            Place::Remote => (behind_uplink(node, prefix)?, NIC),
             Place::Local => {
                 // Kea opens no socket on a bridge without carrier, so one port is always there.
                 node.netns.ip(&format!(
-                    "addr add {SERVER_IP}/{PREFIX} dev {BRIDGE}
+                    "addr add {SERVER_IP}/{prefix} dev {BRIDGE}
                      link add idle0 type veth peer name idle1
                      link set idle0 master {BRIDGE}
                      link set idle0 up
@@ -75,9 +119,9 @@ impl Server {
         let dir = Path::new(DIR).join("server");
         fs::create_dir_all(&dir)?;
         let (store, mut process) = match kind {
-            ServerKind::Dnsmasq => dnsmasq(&dir, &netns, link, pool)?,
-            ServerKind::Kea => kea(&dir, &netns, link, pool)?,
-            ServerKind::Isc => isc(&dir, &netns, link, pool)?,
+            ServerKind::Dnsmasq => dnsmasq(&dir, &netns, link, &pool)?,
+            ServerKind::Kea => kea(&dir, &netns, link, &pool)?,
+            ServerKind::Isc => isc(&dir, &netns, link, &pool)?,
         };
         let ready: &[&str] = match kind {
             ServerKind::Dnsmasq => &["DHCP, sockets bound"],
@@ -211,7 +255,7 @@ impl FromStr for Place {
     }
 }
 
-fn behind_uplink(node: &Node) -> Result<NetNs> {
+fn behind_uplink(node: &Node, prefix: u8) -> Result<NetNs> {
     let netns = NetNs::new()?;
     node.netns.ip(&format!(
         "link add {UPLINK} address {UPLINK_MAC} type veth peer name {NIC} address {SERVER_MAC} netns {}
@@ -220,17 +264,13 @@ fn behind_uplink(node: &Node) -> Result<NetNs> {
         netns.path(),
     ))?;
     netns.ip(&format!(
-        "addr add {SERVER_IP}/{PREFIX} dev {NIC}
+        "addr add {SERVER_IP}/{prefix} dev {NIC}
          link set {NIC} up"
     ))?;
     Ok(netns)
 }
 
-fn last_ip(pool: u8) -> Ipv4Addr {
-    pool_ip(pool.saturating_sub(1))
-}
-
-fn dnsmasq(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Process)> {
+fn dnsmasq(dir: &Path, netns: &NetNs, link: &str, pool: &Pool) -> Result<(PathBuf, Process)> {
     let store = dir.join("dnsmasq.leases");
     fs::write(&store, "")?;
     let mut command = netns.command(foreign("dnsmasq")?);
@@ -245,21 +285,23 @@ fn dnsmasq(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, 
         "--no-ping",
         "--log-dhcp",
         "--dhcp-sequential-ip",
+        "--dhcp-lease-max=2000",
         "--pid-file=",
     ]);
     command.args([
         format!("--interface={link}"),
         format!(
-            "--dhcp-range={},{},{NETMASK},{LEASE_SECONDS}",
-            pool_ip(0),
-            last_ip(pool),
+            "--dhcp-range={},{},{},{LEASE_SECONDS}",
+            pool.first,
+            pool.last,
+            pool.netmask(),
         ),
         format!("--dhcp-leasefile={}", store.display()),
     ]);
     Ok((store, Process::spawn(dir, "dnsmasq", &mut command)?))
 }
 
-fn kea(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Process)> {
+fn kea(dir: &Path, netns: &NetNs, link: &str, pool: &Pool) -> Result<(PathBuf, Process)> {
     let store = dir.join("kea-leases4.csv");
     let config = json!({"Dhcp4": {
         "interfaces-config": {"interfaces": [link], "dhcp-socket-type": "raw"},
@@ -272,8 +314,8 @@ fn kea(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Proc
         "valid-lifetime": LEASE_SECONDS,
         "subnet4": [{
             "id": 1,
-            "subnet": format!("{SUBNET}/{PREFIX}"),
-            "pools": [{"pool": format!("{} - {}", pool_ip(0), last_ip(pool))}],
+            "subnet": format!("{}/{}", pool.subnet(), pool.prefix),
+            "pools": [{"pool": format!("{} - {}", pool.first, pool.last)}],
         }],
         "loggers": [{
             "name": "kea-dhcp4",
@@ -292,7 +334,7 @@ fn kea(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Proc
     Ok((store, Process::spawn(dir, "kea", &mut command)?))
 }
 
-fn isc(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Process)> {
+fn isc(dir: &Path, netns: &NetNs, link: &str, pool: &Pool) -> Result<(PathBuf, Process)> {
     let store = dir.join("dhcpd.leases");
     fs::write(&store, "")?;
     let file = dir.join("dhcpd.conf");
@@ -303,9 +345,17 @@ fn isc(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Proc
              max-lease-time {LEASE_SECONDS};
              authoritative;
              ping-check false;
-             subnet {SUBNET} netmask {NETMASK} {{ range {} {}; }}\n",
-            pool_ip(0),
-            last_ip(pool),
+             {}
+             subnet {} netmask {} {{ range {} {}; }}\n",
+            if pool.leasequery {
+                "allow leasequery;"
+            } else {
+                ""
+            },
+            pool.subnet(),
+            pool.netmask(),
+            pool.first,
+            pool.last,
         ),
     )?;
     let mut command = netns.command(foreign("dhcpd")?);

@@ -84,6 +84,8 @@ impl Capture {
             let index = if_nametoindex(link).with_context(|| link.to_owned())?;
             Ok((packet_socket()?, usize::try_from(index)?))
         })?;
+        // Room for a burst that comes while the reader waits for its turn.
+        setsockopt(&socket, sockopt::RcvBufForce, &(16 << 20))?;
         // Only so that the reader looks at its stop flag now and then.
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(0, 50_000))?;
         let shared = Arc::new(Shared::default());
@@ -237,7 +239,7 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 }
 
 /// Without a bind it hears every link of the namespace that it was made in.
-fn packet_socket() -> Result<OwnedFd> {
+pub(crate) fn packet_socket() -> Result<OwnedFd> {
     // SAFETY: takes and returns integers.
     let fd = unsafe {
         libc::socket(

@@ -7,7 +7,7 @@ use crate::{
     agent::{Hook, Setup},
     fixture::vm_mac,
     node::Node,
-    server::{Place, Server, ServerKind},
+    server::{Place, Pool, Server, ServerKind},
     vm::{Client, Vm},
 };
 
@@ -22,8 +22,12 @@ pub struct World {
 impl World {
     /// A server of this kind in this place, with a pool of exactly `pool` addresses.
     pub fn new(kind: ServerKind, place: Place, pool: u8) -> Result<Self> {
+        Self::with_pool(kind, place, Pool::small(pool))
+    }
+
+    pub fn with_pool(kind: ServerKind, place: Place, pool: Pool) -> Result<Self> {
         let node = Node::new().context("cannot make the node")?;
-        let server = Server::start(&node, kind, place, pool)
+        let server = Server::start_with(&node, kind, place, pool)
             .with_context(|| format!("cannot start {kind} ({place})"))?;
         Ok(Self { node, server })
     }
