@@ -78,7 +78,7 @@ fn all_bound(agent: &Agent, leases: &BTreeMap<Mac, Ipv4Addr>) -> Result<()> {
 fn dies_at_once(kind: ServerKind, asking: Asking, rate: u32) -> Result<()> {
     let world = World::with_pool(kind, Place::Remote, Pool::large())?;
     let rate_arg = rate.to_string();
-    let agent = world.agent(Hook::Tc).quick().args(&[
+    let agent = world.agent(Hook::Tc).args(&[
         "--breaker",
         "off",
         "--rate",
@@ -94,6 +94,12 @@ fn dies_at_once(kind: ServerKind, asking: Asking, rate: u32) -> Result<()> {
         "60s",
         "--probe-interval",
         "5s",
+        "--hold-down",
+        "1s",
+        "--hold-down-uplink",
+        "1s",
+        "--settle",
+        "500ms",
     ]);
     let agent = agent.start()?;
     let wire = Capture::start(world.server.netns(), NIC)?;
