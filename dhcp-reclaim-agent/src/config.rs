@@ -69,6 +69,7 @@ pub struct Settings {
     pub record_rate: u16,
     pub record_burst: u16,
     pub bindings_per_port: u32,
+    pub leasequery: LeaseQuery,
 }
 
 impl Default for Settings {
@@ -101,6 +102,7 @@ impl Default for Settings {
             record_rate: 15,
             record_burst: 60,
             bindings_per_port: 256,
+            leasequery: LeaseQuery::Auto,
         }
     }
 }
@@ -133,6 +135,15 @@ pub enum PortUp {
     Release,
     /// Nothing: its lease runs until it expires.
     Never,
+}
+
+/// Whether servers are asked what became of a RELEASE (RFC 4388).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeaseQuery {
+    /// Those that answer, where the bridge has an address to ask from.
+    Auto,
+    Off,
 }
 
 /// How large a part of the node's bindings may die in one window.
@@ -236,10 +247,14 @@ pub struct Options {
     /// Addresses that one port may hold [default: 256]
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     pub bindings_per_port: Option<u32>,
+    /// Ask servers that answer what became of a RELEASE, by DHCPLEASEQUERY from the bridge's own
+    /// address [default: auto]
+    #[arg(long, value_name = "WHETHER")]
+    pub leasequery: Option<LeaseQuery>,
 }
 
 /// All keys of a file, as in [`Options`].
-const KEYS: [&str; 27] = [
+const KEYS: [&str; 28] = [
     "bridge",
     "port",
     "uplink",
@@ -267,6 +282,7 @@ const KEYS: [&str; 27] = [
     "record-rate",
     "record-burst",
     "bindings-per-port",
+    "leasequery",
 ];
 
 /// The settings cannot be used; says where, what and how to mend it.
@@ -358,6 +374,7 @@ impl Settings {
             rate: self.rate,
             burst: self.burst,
             bindings_per_port: usize::try_from(self.bindings_per_port).unwrap_or(usize::MAX),
+            leasequery: self.leasequery == LeaseQuery::Auto,
             ..Policy::default()
         }
     }
@@ -420,6 +437,7 @@ impl Settings {
             record_rate: pick!(record_rate),
             record_burst: pick!(record_burst),
             bindings_per_port: pick!(bindings_per_port),
+            leasequery: pick!(leasequery),
         };
         let Some((key, problem, mend)) = settings.problem() else {
             return Ok(settings);
@@ -574,6 +592,7 @@ impl<'a> File<'a> {
             "record-rate" => flags.record_rate.is_some(),
             "record-burst" => flags.record_burst.is_some(),
             "bindings-per-port" => flags.bindings_per_port.is_some(),
+            "leasequery" => flags.leasequery.is_some(),
             _ => false,
         };
         if in_flags {
@@ -784,6 +803,7 @@ mod tests {
             record-rate = 9
             record-burst = 10
             bindings-per-port = 11
+            leasequery = "off"
         "#;
         let settings = load(text, Options::default()).unwrap();
         let expected = Settings {
@@ -814,6 +834,7 @@ mod tests {
             record_rate: 9,
             record_burst: 10,
             bindings_per_port: 11,
+            leasequery: LeaseQuery::Off,
         };
         assert_eq!(settings, expected);
         for key in KEYS {

@@ -3,6 +3,7 @@
 mod armed;
 mod epochs;
 mod memory;
+mod query;
 mod segments;
 mod view;
 
@@ -27,6 +28,7 @@ use self::{
     armed::{Armed, Scope},
     epochs::Epochs,
     memory::Memory,
+    query::Queries,
     segments::Segments,
     view::Clocks,
 };
@@ -78,6 +80,7 @@ struct Agent {
     epochs: Epochs,
     /// Somebody waits to hear the uplink: a new epoch tells old frames from new ones.
     epoch_wanted: bool,
+    queries: Queries,
     counters: Counters,
     started_at: jiff::Timestamp,
 }
@@ -152,6 +155,7 @@ impl Agent {
             armed: Armed::default(),
             epochs: Epochs::default(),
             epoch_wanted: false,
+            queries: Queries::default(),
             counters: Counters::default(),
             settings,
         };
@@ -210,6 +214,7 @@ impl Agent {
                     self.engine.handle_timeout(clock::monotonic());
                     self.carry_out().await;
                 }
+                () = self.queries.readable() => self.read_answers().await,
                 Some(request) = self.requests.recv() => self.answer(request),
                 _ = tick.tick() => self.tick().await,
             }
@@ -237,6 +242,7 @@ impl Agent {
         for port in ports {
             self.check_lost(port).await;
         }
+        self.expire_queries().await;
     }
 
     fn next_epoch(&mut self) {
@@ -462,6 +468,10 @@ impl Agent {
                     self.intend(key, release);
                     continue;
                 }
+                Action::Query { key, query } => match self.query(key, query).await {
+                    Some(answer) => answer,
+                    None => continue,
+                },
                 Action::Save { key } => {
                     self.memory.binding(key);
                     continue;
@@ -567,6 +577,9 @@ impl Agent {
             uplink_at: uplinks
                 .filter_map(|watched| self.heard(watched.port.ifindex))
                 .max(),
+            address: ip
+                .filter(|value| value.latest_ns() != 0)
+                .map(|value| (Time::from_nanos(value.latest_ns()), MacAddr(value.mac))),
             armed: ip.is_some() && mac.is_some(),
         }
     }
@@ -688,6 +701,7 @@ impl Agent {
             | NoticeKind::Gone
             | NoticeKind::Held
             | NoticeKind::Releasing
+            | NoticeKind::Verified
             | NoticeKind::Refused
             | NoticeKind::Withdrawn
             | NoticeKind::Expired
@@ -754,6 +768,7 @@ impl Agent {
             ("arm_failures", arm_failures),
             ("store_failures", store_failures),
             ("commits", commits),
+            ("lease_answers_refused", self.queries.refused),
             ("link_resyncs", self.ports.resyncs()),
             ("link_messages_malformed", self.ports.malformed()),
             (

@@ -62,6 +62,7 @@ pub(super) fn binding(binding: &Binding, segments: &Segments, clocks: Clocks) ->
         vlan: (key.vlan != 0).then_some(key.vlan),
         port: binding.port_name.clone(),
         state: binding.state,
+        outcome: binding.outcome,
         lease_expires_at: binding.expires.map(|at| clocks.wall(at)),
         last_seen_at: binding.last_seen.map(|at| clocks.wall(at)),
     }

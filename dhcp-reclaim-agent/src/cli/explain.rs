@@ -64,7 +64,11 @@ fn for_people(view: &ExplainView, now: Timestamp) -> Result<String, std::fmt::Er
         .last_seen_at
         .map(|seen| format!("{} ago", short(between(seen, now))));
     line("seen", &seen.unwrap_or_else(|| "never".to_owned()))?;
-    line("state", &word(&binding.state))?;
+    let outcome = binding
+        .outcome
+        .map(|outcome| format!(", {}", outcome.name()));
+    let state = word(&binding.state) + &outcome.unwrap_or_default();
+    line("state", &state)?;
     line("verdict", &view.verdict)?;
 
     let mut gates = Table::new(&["GATE", "VERDICT", "WHY"]);
@@ -104,6 +108,7 @@ mod tests {
                 vlan: Some(7),
                 port: "vnet0".to_owned(),
                 state: State::Gone,
+                outcome: None,
                 lease_expires_at: None,
                 last_seen_at: None,
             },

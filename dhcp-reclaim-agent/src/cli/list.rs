@@ -99,6 +99,7 @@ mod tests {
             vlan: None,
             port: "vnet12".to_owned(),
             state: State::Bound,
+            outcome: None,
             lease_expires_at: Some(now + jiff::SignedDuration::from_secs(599)),
             last_seen_at: Some(now - jiff::SignedDuration::from_secs(3)),
         }
@@ -109,6 +110,7 @@ mod tests {
         let now = Timestamp::from_second(1_700_000_000).unwrap();
         let asked = BindingView {
             state: State::Requested,
+            outcome: None,
             lease_expires_at: None,
             ..binding()
         };

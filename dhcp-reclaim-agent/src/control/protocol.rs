@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::core::{MacAddr, NoticeKind, State, Vlan};
+use crate::core::{MacAddr, NoticeKind, Outcome, State, Vlan};
 
 /// Version of the protocol, in each line as `v`. New fields do not change it.
 pub const PROTOCOL: u32 = 1;
@@ -83,6 +83,9 @@ pub struct BindingView {
     /// The port's name.
     pub port: String,
     pub state: State,
+    /// What the server made of the RELEASE; `None` if none was sent.
+    #[serde(default)]
+    pub outcome: Option<Outcome>,
     /// `None`: infinite, or not yet granted.
     pub lease_expires_at: Option<Timestamp>,
     pub last_seen_at: Option<Timestamp>,
@@ -161,6 +164,7 @@ pub(super) mod fixtures {
             vlan: None,
             port: "vnet0".to_owned(),
             state: State::Bound,
+            outcome: None,
             lease_expires_at: Some(time(600)),
             last_seen_at: Some(time(-3)),
         }
@@ -190,7 +194,7 @@ mod tests {
         };
         assert_eq!(
             serde_json::to_string(&line).unwrap(),
-            r#"{"v":1,"kind":"binding","ip":"10.0.0.7","mac":"02:00:00:00:00:01","client_id":"01:02:00:00:00:00:01","server":"10.0.0.1","server_mac":"02:00:00:00:00:53","segment":"br0","vlan":null,"port":"vnet0","state":"bound","lease_expires_at":"2023-11-14T22:23:20Z","last_seen_at":"2023-11-14T22:13:17Z"}"#
+            r#"{"v":1,"kind":"binding","ip":"10.0.0.7","mac":"02:00:00:00:00:01","client_id":"01:02:00:00:00:00:01","server":"10.0.0.1","server_mac":"02:00:00:00:00:53","segment":"br0","vlan":null,"port":"vnet0","state":"bound","outcome":null,"lease_expires_at":"2023-11-14T22:23:20Z","last_seen_at":"2023-11-14T22:13:17Z"}"#
         );
         let line = Line {
             v: PROTOCOL,

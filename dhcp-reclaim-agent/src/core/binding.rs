@@ -5,6 +5,7 @@ use std::{net::Ipv4Addr, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    engine::Vigil,
     gates::Gate,
     types::{
         Direction, Evidence, IfIndex, Key, MacAddr, Message, MessageType, PortLoss, Role, State,
@@ -53,6 +54,36 @@ pub struct Binding {
     pub failures: u32,
     /// Its place in the queue for its server's pace.
     pub turn: Option<Time>,
+    /// What is known of its RELEASE, once one left.
+    pub outcome: Option<Outcome>,
+    /// For as long as its address is looked after, once released.
+    pub vigil: Option<Vigil>,
+    /// Whose address it was before, if that lease was released and nobody knows with what outcome.
+    pub after: Option<MacAddr>,
+    /// It was alive after its release, and that has been told.
+    pub alarmed: bool,
+}
+
+/// What the server made of a RELEASE, which it does not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Nothing is known.
+    Unverified,
+    /// The address is free, or somebody else has it.
+    Verified,
+    /// The server says that the lease is active as before.
+    Ignored,
+}
+
+impl Outcome {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unverified => "unverified",
+            Self::Verified => "verified",
+            Self::Ignored => "ignored",
+        }
+    }
 }
 
 /// Why a binding is not certain.

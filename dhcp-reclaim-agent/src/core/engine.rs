@@ -1,6 +1,7 @@
 //! The machine: what happened and what time it is go in, what is to be done comes out.
 
 mod memory;
+mod outcome;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -20,7 +21,11 @@ use super::{
     },
 };
 
-pub use self::memory::{Saved, SavedTransaction};
+use self::outcome::Aftermath;
+pub use self::{
+    memory::{Saved, SavedTransaction},
+    outcome::Vigil,
+};
 
 /// An answer later than this answers nothing (FACTS: bind only an ACK within two minutes).
 const TRANSACTION: Duration = Duration::from_secs(120);
@@ -82,6 +87,7 @@ pub struct Engine {
     live: usize,
     breaker: Breaker,
     pacing: Pacing,
+    aftermath: Aftermath,
     counters: BTreeMap<&'static str, u64>,
     actions: VecDeque<Action>,
 }
@@ -103,6 +109,7 @@ impl Engine {
             live: 0,
             breaker: Breaker::default(),
             pacing,
+            aftermath: Aftermath::default(),
             counters: BTreeMap::new(),
             actions: VecDeque::new(),
         }
@@ -148,6 +155,11 @@ impl Engine {
             Event::Evidence { key, evidence } => self.evidence(key, evidence, now),
             Event::Probed { key, sent } => self.probed(key, sent, now),
             Event::Released { key, outcome } => self.released(key, outcome, now),
+            Event::Queried {
+                key,
+                server,
+                answer,
+            } => self.queried(key, server, answer, now),
         }
     }
 
@@ -332,6 +344,7 @@ impl Engine {
         };
         let segment = info.port.segment;
         self.add("messages", 1);
+        self.heard_after(segment, message, now);
         match Speaker::of(message) {
             Speaker::Vm => self.vm_says(segment, message, now),
             Speaker::ServerToVm => self.server_says(segment, message, now),
@@ -435,6 +448,7 @@ impl Engine {
         }
         let port_name = info.port.name.clone();
         let server = ask.server();
+        let after = self.released_before(key);
         let known_mac = server.and_then(|server| self.server_mac(segment, message.vlan, server));
         self.remove(key);
         self.insert(Binding {
@@ -460,6 +474,10 @@ impl Engine {
             vetoed: false,
             failures: 0,
             turn: None,
+            outcome: None,
+            vigil: None,
+            after,
+            alarmed: false,
         });
         self.tell(
             key,
@@ -541,6 +559,9 @@ impl Engine {
         };
         let port_name = info.port.name.clone();
         let full = info.bindings.len() >= self.policy.bindings_per_port;
+        let place = format!("on {port_name}");
+        self.handed_on(key, message.chaddr, &place, now);
+        self.bound_again(segment, message.chaddr);
         let previous = self.bindings.get(&key).cloned();
         let renewed = previous.as_ref().is_some_and(|b| {
             b.acked && b.is_live() && b.port == message.port && b.chaddr == message.chaddr
@@ -594,6 +615,10 @@ impl Engine {
             vetoed: false,
             failures: 0,
             turn: None,
+            outcome: None,
+            vigil: None,
+            after: None,
+            alarmed: false,
         });
         let kind = if renewed {
             NoticeKind::Renewed
@@ -658,6 +683,7 @@ impl Engine {
             vlan: message.vlan,
             ip,
         };
+        self.handed_on(key, message.chaddr, "beyond the uplink", now);
         let Some(binding) = self.bindings.get(&key).filter(|binding| binding.is_live()) else {
             return;
         };
@@ -887,7 +913,7 @@ impl Engine {
             return;
         };
         if !binding.is_live() {
-            self.remove(key);
+            self.wake_ended(key, now);
             return;
         }
         if binding.state == State::Releasing {
@@ -920,6 +946,14 @@ impl Engine {
     }
 
     fn evidence(&mut self, key: Key, evidence: Evidence, now: Time) {
+        if self
+            .bindings
+            .get(&key)
+            .is_some_and(|binding| binding.vigil.is_some() && !binding.is_live())
+        {
+            self.looked_after(key, evidence, now);
+            return;
+        }
         let Some(binding) = self
             .bindings
             .get_mut(&key)
@@ -1117,6 +1151,10 @@ impl Engine {
     }
 
     fn order_release(&mut self, key: Key, now: Time) {
+        self.order_release_because(key, "", now);
+    }
+
+    fn order_release_because(&mut self, key: Key, why: &str, now: Time) {
         let Some(binding) = self.bindings.get(&key) else {
             return;
         };
@@ -1140,7 +1178,7 @@ impl Engine {
             silent_since: watching.armed_at,
         };
         let reason = format!(
-            "to {server}: silent for {}",
+            "{why}to {server}: silent for {}",
             secs(now.since(watching.armed_at))
         );
         self.set_state(key, State::Releasing, NoticeKind::Releasing, reason, now);
@@ -1160,6 +1198,7 @@ impl Engine {
             ReleaseOutcome::Sent => {
                 self.add("releases_sent", 1);
                 self.breaker.released(key);
+                self.begin_vigil(key, now);
                 self.finish(
                     key,
                     NoticeKind::Released,
@@ -1173,6 +1212,20 @@ impl Engine {
                     key,
                     NoticeKind::WouldRelease,
                     format!("dry run: to {server}"),
+                    now,
+                );
+            }
+            // A repetition that does not leave: the first one stands.
+            ReleaseOutcome::Vetoed | ReleaseOutcome::Failed if binding.vigil.is_some() => {
+                if let Some(vigil) = &mut binding.vigil {
+                    vigil.closed = true;
+                }
+                self.add("repetitions_stopped", 1);
+                self.finish(
+                    key,
+                    NoticeKind::Held,
+                    "the repetition did not leave: the VM was seen, or nothing could be sent"
+                        .into(),
                     now,
                 );
             }
@@ -1227,6 +1280,7 @@ impl Engine {
             | State::Releasing
             | State::Released => return,
         };
+        self.end_vigil(key);
         self.retire(key, state, now, true);
         self.tell(key, kind, reason, now);
     }
@@ -1238,10 +1292,13 @@ impl Engine {
         if binding.is_live() {
             self.live -= 1;
         }
-        let armed = matches!(binding.check, Check::Watching(_));
+        // A released address is still looked after.
+        let armed = matches!(binding.check, Check::Watching(_)) && binding.vigil.is_none();
         binding.state = state;
         binding.since = now;
-        binding.check = Check::Idle;
+        if binding.vigil.is_none() {
+            binding.check = Check::Idle;
+        }
         let (mac, port) = (binding.chaddr, binding.port);
         if armed {
             self.actions.push_back(Action::Disarm { key, mac });
@@ -1252,7 +1309,7 @@ impl Engine {
         if recovered {
             self.recover(key, now);
         }
-        self.schedule(key, now + RETENTION);
+        self.schedule_ended(key, now);
         self.save(key);
     }
 
@@ -1330,6 +1387,8 @@ impl Engine {
         };
         if binding.state == State::Requested && self.policy.commit == Commit::Request {
             binding.tentative_until = None;
+            let mac = binding.chaddr;
+            self.bound_again(key.segment, mac);
             self.set_state(
                 key,
                 State::Bound,
@@ -1608,6 +1667,7 @@ impl Engine {
             settled_at,
             breaker: &self.breaker,
             pacing: &self.pacing,
+            alarmed: self.is_alarmed(key.segment, binding.chaddr, binding.port),
             live: self.live,
         }
     }
@@ -1649,6 +1709,7 @@ impl Engine {
     }
 
     fn remove(&mut self, key: Key) {
+        self.end_vigil(key);
         let Some(binding) = self.bindings.remove(&key) else {
             return;
         };

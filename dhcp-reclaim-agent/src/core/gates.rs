@@ -95,6 +95,8 @@ pub struct Case<'a> {
     pub settled_at: Time,
     pub breaker: &'a Breaker,
     pub pacing: &'a Pacing,
+    /// A released address of its port or MAC was alive.
+    pub alarmed: bool,
     /// Live bindings of the node.
     pub live: usize,
 }
@@ -137,6 +139,9 @@ impl Case<'_> {
             }
             Some(Doubt::Conflict(_)) => return hold("another port claims its address or its MAC"),
             None => {}
+        }
+        if self.alarmed {
+            return hold("a released address of its port or MAC was alive: not bound again since");
         }
         if binding.server.is_none() {
             return hold("its server is not known");

@@ -12,6 +12,7 @@ pub mod policy;
 mod tests;
 pub mod types;
 
+pub use binding::Outcome;
 pub use engine::{Engine, Saved, SavedTransaction};
 pub use policy::{Commit, Policy};
 pub use types::*;

@@ -45,6 +45,8 @@ pub struct Policy {
     pub rate: u32,
     pub burst: u32,
     pub bindings_per_port: usize,
+    /// Whether servers are asked what became of a RELEASE.
+    pub leasequery: bool,
 }
 
 impl Default for Policy {
@@ -67,6 +69,7 @@ impl Default for Policy {
             rate: 50,
             burst: 32,
             bindings_per_port: 256,
+            leasequery: true,
         }
     }
 }

@@ -217,6 +217,8 @@ pub struct Evidence {
     pub port_at: Option<Time>,
     /// Some frame came in by an uplink of the segment at or after this time.
     pub uplink_at: Option<Time>,
+    /// Latest frame of the address by any port, and its Ethernet source.
+    pub address: Option<(Time, MacAddr)>,
     /// The watch is armed: silence means something.
     pub armed: bool,
 }
@@ -256,6 +258,30 @@ pub struct Release {
     pub server_mac: Option<MacAddr>,
     /// A frame of the address or its MAC after this vetoes the RELEASE in kernel.
     pub silent_since: Time,
+}
+
+/// What a DHCPLEASEQUERY by address (RFC 4388) needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Query {
+    pub segment: SegmentId,
+    pub vlan: Vlan,
+    pub ip: Ipv4Addr,
+    pub server: Ipv4Addr,
+}
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueryAnswer {
+    /// The server's own address, and nobody has it.
+    Unassigned,
+    /// The server knows nothing of it.
+    Unknown,
+    /// Somebody has it: by whose MAC, if that is told.
+    Active(Option<MacAddr>),
+    /// No answer came.
+    Silence,
+    /// It could not be sent.
+    NotAsked,
 }
 
 /// What became of a RELEASE that was ordered.
@@ -301,6 +327,12 @@ pub enum Event {
         key: Key,
         outcome: ReleaseOutcome,
     },
+    /// The answer to [`Action::Query`], which may take seconds.
+    Queried {
+        key: Key,
+        server: Ipv4Addr,
+        answer: QueryAnswer,
+    },
 }
 
 /// An open question of a VM's to a server.
@@ -345,6 +377,11 @@ pub enum Action {
         key: Key,
         release: Release,
     },
+    /// Ask the server who has the address.
+    Query {
+        key: Key,
+        query: Query,
+    },
     /// What must outlive the agent has changed: `Engine::saved` says to what, `None` that there is
     /// nothing to keep. It comes before the `Release` that it is the intent of.
     Save {
@@ -387,6 +424,8 @@ pub enum NoticeKind {
     Held,
     Releasing,
     Released,
+    /// The server took the RELEASE.
+    Verified,
     /// `--dry-run`.
     WouldRelease,
     /// `emit` dropped the RELEASE.

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod arp;
+pub mod leasequery;
 pub mod release;
 
 /// Shortest Ethernet frame without its checksum (IEEE 802.3): shorter ones are padded by the

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use super::{Engine, RETENTION, TRANSACTION, Transaction};
 use crate::core::{
-    binding::{Ask, Binding, Check, Doubt},
+    binding::{Ask, Binding, Check, Doubt, Outcome},
     policy::Commit,
     types::{
         Action, IfIndex, Key, MacAddr, NoticeKind, PortLoss, SegmentId, State, Time, TransactionId,
@@ -165,6 +165,10 @@ impl Engine {
             vetoed: false,
             failures: 0,
             turn: None,
+            outcome: (state == State::Released).then_some(Outcome::Unverified),
+            vigil: None,
+            after: None,
+            alarmed: false,
         });
         self.add("bindings_restored", 1);
         match state {

@@ -1,0 +1,191 @@
+//! Lease queries on their way: a socket for as long as one is open, and what it hears.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    time::Duration,
+};
+
+use nix::net::if_::if_indextoname;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::UdpSocket;
+use tracing::debug;
+
+use super::{Agent, chain, draw_xid};
+use crate::{
+    clock,
+    core::{Event, IfIndex, Key, Query, QueryAnswer, SegmentId, Time},
+    packet::leasequery,
+    ports::local_addresses,
+};
+
+const PORT: u16 = 67;
+/// A server that has not answered by now does not.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// More open questions than a server that answers ever leaves.
+const OPEN: usize = 1024;
+
+/// Open questions and the sockets that wait for their answers.
+#[derive(Debug, Default)]
+pub(super) struct Queries {
+    sockets: BTreeMap<SegmentId, UdpSocket>,
+    open: BTreeMap<u32, Asked>,
+    told: bool,
+    pub(super) refused: u64,
+}
+
+#[derive(Debug)]
+struct Asked {
+    key: Key,
+    server: Ipv4Addr,
+    until: Time,
+}
+
+impl Queries {
+    /// Waits for an answer; for ever while no question is open.
+    pub(super) async fn readable(&self) {
+        let sockets = self.sockets.values().map(|s| Box::pin(s.readable()));
+        let mut sockets: Vec<_> = sockets.collect();
+        if sockets.is_empty() {
+            return std::future::pending().await;
+        }
+        sockets.truncate(8);
+        let _which = futures::future::select_all(sockets).await;
+    }
+}
+
+impl Agent {
+    /// Sends the question, or says at once that it cannot be asked.
+    pub(super) async fn query(&mut self, key: Key, query: Query) -> Option<Event> {
+        match self.ask(key, query).await {
+            Ok(()) => None,
+            Err(why) => {
+                if !std::mem::replace(&mut self.queries.told, true) {
+                    debug!(server = %query.server, why, "no lease query: what becomes of RELEASEs is not known");
+                }
+                let (server, answer) = (query.server, QueryAnswer::NotAsked);
+                Some(Event::Queried {
+                    key,
+                    server,
+                    answer,
+                })
+            }
+        }
+    }
+
+    async fn ask(&mut self, key: Key, query: Query) -> Result<(), String> {
+        if query.vlan != 0 {
+            return Err("the bridge itself has no address on a VLAN".to_owned());
+        }
+        if self.queries.open.len() >= OPEN {
+            return Err("too many are open".to_owned());
+        }
+        let bridge = self.segments.bridge(query.segment).ok_or("no bridge")?;
+        let addresses = local_addresses(bridge.ifindex).await;
+        let addresses = addresses.map_err(|error| chain(&error))?;
+        if addresses.contains(&query.server) {
+            return Err("the server is this host".to_owned());
+        }
+        let from = *addresses.first().ok_or("the bridge has no address")?;
+        let xid = draw_xid().ok_or("no random numbers")?;
+        let payload = leasequery::query(query.ip, from, xid).ok_or("it cannot be encoded")?;
+        if !self.queries.sockets.contains_key(&query.segment) {
+            let socket = open(bridge.ifindex, from).map_err(|error| error.to_string())?;
+            self.queries.sockets.insert(query.segment, socket);
+        }
+        let socket = self
+            .queries
+            .sockets
+            .get(&query.segment)
+            .ok_or("no socket")?;
+        let to = SocketAddrV4::new(query.server, PORT);
+        socket
+            .send_to(&payload, to)
+            .await
+            .map_err(|error| error.to_string())?;
+        let until = clock::monotonic() + PATIENCE;
+        let server = query.server;
+        self.queries.open.insert(xid, Asked { key, server, until });
+        Ok(())
+    }
+
+    /// Reads what has come, and hands on what answers a question.
+    pub(super) async fn read_answers(&mut self) {
+        let mut answers = Vec::new();
+        let mut buffer = [0; 2048];
+        let Queries {
+            sockets,
+            open,
+            refused,
+            ..
+        } = &mut self.queries;
+        for (segment, socket) in sockets.iter() {
+            while let Ok((length, from)) = socket.try_recv_from(&mut buffer) {
+                let answer = buffer.get(..length).map(leasequery::answer);
+                let Some(Ok((xid, ip, answer))) = answer else {
+                    *refused += 1;
+                    continue;
+                };
+                // From the server itself, with a number that it alone was told.
+                let ours = open.get(&xid).is_some_and(|asked| {
+                    asked.key.ip == ip
+                        && asked.key.segment == *segment
+                        && from == SocketAddr::from((asked.server, PORT))
+                });
+                match open.remove(&xid).filter(|_| ours) {
+                    Some(Asked { key, server, .. }) => answers.push(Event::Queried {
+                        key,
+                        server,
+                        answer,
+                    }),
+                    None => *refused += 1,
+                }
+            }
+        }
+        self.close_idle();
+        for answer in answers {
+            self.tell(answer).await;
+        }
+    }
+
+    /// Gives up on what nobody answered.
+    pub(super) async fn expire_queries(&mut self) {
+        let now = clock::monotonic();
+        let late = self
+            .queries
+            .open
+            .extract_if(.., |_, asked| asked.until <= now);
+        let late: Vec<Asked> = late.map(|(_, asked)| asked).collect();
+        self.close_idle();
+        for Asked { key, server, .. } in late {
+            let answer = QueryAnswer::Silence;
+            self.tell(Event::Queried {
+                key,
+                server,
+                answer,
+            })
+            .await;
+        }
+    }
+
+    /// The port is not ours to keep: a server or a relay may want it.
+    fn close_idle(&mut self) {
+        let Queries { sockets, open, .. } = &mut self.queries;
+        sockets.retain(|segment, _| open.values().any(|asked| asked.key.segment == *segment));
+    }
+}
+
+/// Port 67 of the bridge's address: there the answers come to.
+///
+/// Whoever has it already keeps it: a socket bound more closely would take the renewals that are
+/// meant for a server or a relay on this host. One that starts while ours is open may have it too.
+fn open(bridge: IfIndex, from: Ipv4Addr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
+    let name = if_indextoname(bridge)?;
+    socket.bind_device(Some(name.to_bytes()))?;
+    socket.bind(&SocketAddrV4::new(from, PORT).into())?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket.into())
+}
