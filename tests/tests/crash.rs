@@ -17,6 +17,7 @@ use dhcp_reclaim_tests::{
     clock::{Deadline, now},
     fixture::{Mac, NIC, SERVER_IP, vm_mac},
     lab_test,
+    process::Process,
     sandbox::{BPFFS, DIR, test_in_world},
     server::{Place, ServerKind},
     vm::{Client, KillKind, Vm},
@@ -70,7 +71,7 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
     let wire = Capture::start(world.server.netns(), NIC)?;
     let done = AtomicU32::new(0);
     let mut vms = Vms::new(&world, seed);
-    thread::scope(|scope| -> Result<()> {
+    let last = thread::scope(|scope| -> Result<Process> {
         let killer = scope.spawn(|| kill_often(&setup, crashes, seed, &done));
         while !killer.is_finished() {
             vms.step()
@@ -78,6 +79,7 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
         }
         killer.join().map_err(|_| anyhow!("the killer panicked"))?
     })?;
+    drop(last);
     let agent = setup.start()?;
     let log = || agent.log();
     vms.finish()?;
@@ -126,7 +128,8 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
     agent.stop()
 }
 
-fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Result<()> {
+/// Leaves one running.
+fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Result<Process> {
     let mut random = Random::new(seed ^ 0x9e37);
     for _ in 0..crashes {
         let mut agent = setup.spawn()?;
@@ -140,7 +143,7 @@ fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Resul
         agent.kill();
         done.fetch_add(1, Ordering::Relaxed);
     }
-    Ok(())
+    setup.spawn()
 }
 
 /// Every RELEASE of the agent's answers one death: the VM died after its last ACK, and nobody had
