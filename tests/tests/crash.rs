@@ -6,7 +6,7 @@ use std::{
     env, fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread::{self, sleep},
     time::{Duration, Instant},
 };
@@ -28,8 +28,10 @@ use dhcp_reclaim_tests::{
 /// How often the agent is killed; 200 is the bar, which takes some minutes.
 const CRASHES: &str = "DHCP_RECLAIM_CRASHES";
 const SEED: &str = "DHCP_RECLAIM_SEED";
-/// VMs that there are at most, by number; a number lives again and again.
-const NUMBERS: u8 = 10;
+/// So many at once boot VMs and end them.
+const OPERATORS: u8 = 3;
+/// VMs that one of them has at most, by number; a number lives again and again.
+const NUMBERS: u8 = 6;
 
 #[test]
 fn killed_at_random_moments() {
@@ -70,19 +72,49 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
     ]);
     let wire = Capture::start(world.server.netns(), NIC)?;
     let done = AtomicU32::new(0);
-    let mut vms = Vms::new(&world, seed);
+    let over = AtomicBool::new(false);
+    let mut operators: Vec<_> = (0..OPERATORS)
+        .map(|number| Vms::new(&world, seed, number))
+        .collect();
     let last = thread::scope(|scope| -> Result<Process> {
         let killer = scope.spawn(|| kill_often(&setup, crashes, seed, &done));
-        while !killer.is_finished() {
-            vms.step()
-                .with_context(|| format!("after {} crashes", done.load(Ordering::Relaxed)))?;
+        let (done, over) = (&done, &over);
+        let working: Vec<_> = operators
+            .iter_mut()
+            .map(|vms| {
+                scope.spawn(move || -> Result<()> {
+                    while !over.load(Ordering::Relaxed) {
+                        vms.step().with_context(|| {
+                            format!("after {} crashes", done.load(Ordering::Relaxed))
+                        })?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let last = killer.join().map_err(|_| anyhow!("the killer panicked"));
+        over.store(true, Ordering::Relaxed);
+        for worker in working {
+            worker
+                .join()
+                .map_err(|_| anyhow!("an operator panicked"))??;
         }
-        killer.join().map_err(|_| anyhow!("the killer panicked"))?
+        last?
     })?;
     drop(last);
     let agent = setup.start()?;
     let log = || agent.log();
-    vms.finish()?;
+    for vms in &mut operators {
+        vms.finish()?;
+    }
+    let living: Vec<&Vm> = operators
+        .iter()
+        .flat_map(|vms| vms.living.values())
+        .collect();
+    let deaths: Vec<Death> = operators
+        .iter()
+        .flat_map(|vms| vms.deaths.clone())
+        .collect();
 
     // Whoever is dead has lost its lease in the end, except where nobody can know any more whether
     // the RELEASE left.
@@ -90,9 +122,10 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
     let deadline = Deadline::after(PATIENCE);
     let mut held: Vec<_>;
     loop {
-        let living: BTreeSet<Mac> = vms.living.values().map(|vm| vm.mac).collect();
         held = world.server.leases()?;
-        held.retain(|lease| !living.contains(&lease.mac) && !unknown.contains(&lease.ip));
+        held.retain(|lease| {
+            !living.iter().any(|vm| vm.mac == lease.mac) && !unknown.contains(&lease.ip)
+        });
         if held.is_empty() || deadline.passed() {
             break;
         }
@@ -104,7 +137,7 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
         agent.list()?,
         log()
     );
-    for vm in vms.living.values() {
+    for vm in &living {
         let ip = vm.lease().context("a living VM without a lease")?;
         ensure!(world.server.has(ip)?, "{}: {ip} was taken away", vm.name);
         let state = agent.state(ip)?;
@@ -115,13 +148,13 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
             log()
         );
     }
-    let releases = judge(&wire, &vms.deaths).with_context(log)?;
+    let releases = judge(&wire, &deaths).with_context(log)?;
     ensure!(releases > 0, "the agent never released anything");
     println!(
         "NOTE seed {seed}: {crashes} crashes, {} VMs died and {} live, {releases} RELEASEs, {} of \
          unknown outcome, in {:.0} s",
-        vms.deaths.len(),
-        vms.living.len(),
+        deaths.len(),
+        living.len(),
         unknown.len(),
         (now() - begin).as_secs_f64()
     );
@@ -136,6 +169,7 @@ fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Resul
         // Most of them long enough to release something, and some while it still starts.
         let life = match random.below(4) {
             0 => random.below(400),
+            1 => 1500 + random.below(1500),
             _ => 400 + random.below(1400),
         };
         sleep(Duration::from_millis(life.into()));
@@ -189,6 +223,7 @@ fn unknown_outcomes(log: &str) -> BTreeSet<Ipv4Addr> {
         .collect()
 }
 
+#[derive(Clone)]
 struct Death {
     mac: Mac,
     at: Instant,
@@ -206,24 +241,28 @@ struct Vms<'a> {
 }
 
 impl<'a> Vms<'a> {
-    fn new(world: &'a World, seed: u32) -> Self {
+    fn new(world: &'a World, seed: u32, operator: u8) -> Self {
+        let first = 1 + operator * NUMBERS;
         Self {
             world,
-            random: Random::new(seed),
+            random: Random::new(seed ^ (u32::from(operator) << 16)),
             living: BTreeMap::new(),
             corpses: Vec::new(),
             deaths: Vec::new(),
-            free: (1..=NUMBERS).collect(),
+            free: (first..first + NUMBERS).collect(),
         }
     }
 
     /// Something happens to somebody.
     fn step(&mut self) -> Result<()> {
         sleep(Duration::from_millis(self.random.below(150).into()));
-        let boot = self.living.len() < 3 || self.random.below(2) == 0;
+        let boot = self.living.len() < 2 || self.random.below(2) == 0;
         if boot && !self.free.is_empty() {
-            let at = self.random.below(self.free.len().try_into()?);
-            let number = self.free.remove(at.try_into()?);
+            // Whoever has been dead longest; now and then one that has just died, and is back before
+            // anybody could notice.
+            let last = self.free.len() - 1;
+            let at = if self.random.below(4) == 0 { last } else { 0 };
+            let number = self.free.remove(at);
             return self.boot(number);
         }
         let at = self.random.below(self.living.len().try_into()?);
@@ -275,7 +314,7 @@ impl<'a> Vms<'a> {
         if self.corpses.len() > 2 {
             let vm = self.corpses.remove(0);
             vm.unplug()?;
-            let number = (1..=NUMBERS).find(|n| vm_mac(*n) == vm.mac);
+            let number = (1..=OPERATORS * NUMBERS).find(|n| vm_mac(*n) == vm.mac);
             self.free.extend(number);
         }
         Ok(())
