@@ -21,6 +21,7 @@ use dhcp_reclaim_tests::{
     sandbox::{BPFFS, DIR, test_in_world},
     server::{Place, ServerKind},
     vm::{Client, KillKind, Vm},
+    watch::tail,
     wire::{ACK, Capture, RELEASE},
     world::{PATIENCE, World},
 };
@@ -166,11 +167,19 @@ fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Resul
     let mut random = Random::new(seed ^ 0x9e37);
     for _ in 0..crashes {
         let mut agent = setup.spawn()?;
-        // Most of them long enough to release something, and some while it still starts.
+        let said = ready(&agent);
+        // Some while they still start; most of them live long enough to release something, however
+        // slow the machine is.
         let life = match random.below(4) {
             0 => random.below(400),
-            1 => 1500 + random.below(1500),
-            _ => 400 + random.below(1400),
+            lives => {
+                let deadline = Deadline::after(PATIENCE);
+                while ready(&agent) == said && !deadline.passed() {
+                    agent.check_alive()?;
+                    sleep(Duration::from_millis(10));
+                }
+                random.below(500 * lives)
+            }
         };
         sleep(Duration::from_millis(life.into()));
         agent.check_alive()?;
@@ -178,6 +187,11 @@ fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Resul
         done.fetch_add(1, Ordering::Relaxed);
     }
     setup.spawn()
+}
+
+/// How many agents have said so in the log that they share.
+fn ready(agent: &Process) -> usize {
+    agent.log().matches("ready on").count()
 }
 
 /// Every RELEASE of the agent's answers one death: the VM died after its last ACK, and nobody had
@@ -291,7 +305,10 @@ impl<'a> Vms<'a> {
         vm.plug_in()?;
         let deadline = Deadline::after(PATIENCE);
         while !is_watched(&name)? {
-            ensure!(!deadline.passed(), "{name} is not watched");
+            if deadline.passed() {
+                let log = fs::read_to_string(Path::new(DIR).join("agent.log"))?;
+                bail!("{name} is not watched; the agents say:\n{}", tail(&log, 40));
+            }
             sleep(Duration::from_millis(5));
         }
         vm.start_client(Client::Udhcpc)?;
