@@ -112,10 +112,7 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
         .iter()
         .flat_map(|vms| vms.living.values())
         .collect();
-    let deaths: Vec<Death> = operators
-        .iter()
-        .flat_map(|vms| vms.deaths.clone())
-        .collect();
+    let lives: Vec<Life> = operators.iter().flat_map(|vms| vms.lives.clone()).collect();
 
     // Whoever is dead has lost its lease in the end, except where nobody can know any more whether
     // the RELEASE left.
@@ -149,12 +146,12 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
             log()
         );
     }
-    let releases = judge(&wire, &deaths).with_context(log)?;
+    let releases = judge(&wire, &lives).with_context(log)?;
     ensure!(releases > 0, "the agent never released anything");
     println!(
         "NOTE seed {seed}: {crashes} crashes, {} VMs died and {} live, {releases} RELEASEs, {} of \
          unknown outcome, in {:.0} s",
-        deaths.len(),
+        lives.len() - living.len(),
         living.len(),
         unknown.len(),
         (now() - begin).as_secs_f64()
@@ -194,9 +191,9 @@ fn ready(agent: &Process) -> usize {
     agent.log().matches("ready on").count()
 }
 
-/// Every RELEASE of the agent's answers one death: the VM died after its last ACK, and nobody had
-/// released that lease yet.
-fn judge(wire: &Capture, deaths: &[Death]) -> Result<usize> {
+/// No RELEASE of the agent's falls into the life that took the lease, and nobody had released that
+/// lease yet.
+fn judge(wire: &Capture, lives: &[Life]) -> Result<usize> {
     let mut last: BTreeMap<(Ipv4Addr, Mac), (u8, Instant)> = BTreeMap::new();
     let mut releases = 0;
     for frame in wire.frames() {
@@ -218,10 +215,18 @@ fn judge(wire: &Capture, deaths: &[Death]) -> Result<usize> {
         let Some((ACK, leased_at)) = before else {
             bail!("{lease:?} was released a second time: {before:?} came before");
         };
-        let died = deaths
-            .iter()
-            .any(|death| death.mac == dhcp.chaddr && death.at > leased_at && death.at <= frame.at);
-        ensure!(died, "{lease:?} was released, and its VM was alive");
+        // An ACK that comes after the death, to a REQUEST of before, is no life's.
+        let alive = lives.iter().find(|life| {
+            life.mac == dhcp.chaddr
+                && life.born <= leased_at
+                && leased_at <= frame.at
+                && life.died.is_none_or(|died| frame.at < died)
+        });
+        ensure!(
+            alive.is_none(),
+            "{lease:?} was released at {:?}, leased at {leased_at:?}, in the middle of {alive:?}",
+            frame.at
+        );
     }
     Ok(releases)
 }
@@ -237,10 +242,12 @@ fn unknown_outcomes(log: &str) -> BTreeSet<Ipv4Addr> {
         .collect()
 }
 
-#[derive(Clone)]
-struct Death {
+/// From when its port came to be until it was killed.
+#[derive(Clone, Debug)]
+struct Life {
     mac: Mac,
-    at: Instant,
+    born: Instant,
+    died: Option<Instant>,
 }
 
 struct Vms<'a> {
@@ -249,7 +256,7 @@ struct Vms<'a> {
     living: BTreeMap<u8, Vm>,
     /// Their ports are still there.
     corpses: Vec<Vm>,
-    deaths: Vec<Death>,
+    lives: Vec<Life>,
     /// Numbers that can be born again.
     free: Vec<u8>,
 }
@@ -262,7 +269,7 @@ impl<'a> Vms<'a> {
             random: Random::new(seed ^ (u32::from(operator) << 16)),
             living: BTreeMap::new(),
             corpses: Vec::new(),
-            deaths: Vec::new(),
+            lives: Vec::new(),
             free: (first..first + NUMBERS).collect(),
         }
     }
@@ -315,6 +322,11 @@ impl<'a> Vms<'a> {
         let ip = vm.wait_lease(PATIENCE)?;
         vm.ping(SERVER_IP)
             .with_context(|| format!("{name} has {ip}"))?;
+        self.lives.push(Life {
+            mac: vm.mac,
+            born: vm.linked_at,
+            died: None,
+        });
         self.living.insert(number, vm);
         Ok(())
     }
@@ -322,7 +334,8 @@ impl<'a> Vms<'a> {
     fn kill(&mut self, number: u8, kind: KillKind) -> Result<()> {
         let mut vm = self.living.remove(&number).context("no such VM")?;
         let at = vm.kill(kind)?;
-        self.deaths.push(Death { mac: vm.mac, at });
+        let life = self.lives.iter_mut().rfind(|life| life.mac == vm.mac);
+        life.context("never born")?.died = Some(at);
         match kind {
             KillKind::PortDeleted => self.free.push(number),
             KillKind::CarrierLost | KillKind::PortKept => self.corpses.push(vm),
