@@ -6,7 +6,7 @@ use std::{
     env, fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread::{self, sleep},
     time::{Duration, Instant},
 };
@@ -17,9 +17,11 @@ use dhcp_reclaim_tests::{
     clock::{Deadline, now},
     fixture::{Mac, NIC, SERVER_IP, vm_mac},
     lab_test,
+    process::Process,
     sandbox::{BPFFS, DIR, test_in_world},
     server::{Place, ServerKind},
     vm::{Client, KillKind, Vm},
+    watch::tail,
     wire::{ACK, Capture, RELEASE},
     world::{PATIENCE, World},
 };
@@ -27,8 +29,10 @@ use dhcp_reclaim_tests::{
 /// How often the agent is killed; 200 is the bar, which takes some minutes.
 const CRASHES: &str = "DHCP_RECLAIM_CRASHES";
 const SEED: &str = "DHCP_RECLAIM_SEED";
-/// VMs that there are at most, by number; a number lives again and again.
-const NUMBERS: u8 = 10;
+/// So many at once boot VMs and end them.
+const OPERATORS: u8 = 3;
+/// VMs that one of them has at most, by number; a number lives again and again.
+const NUMBERS: u8 = 6;
 
 #[test]
 fn killed_at_random_moments() {
@@ -69,18 +73,46 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
     ]);
     let wire = Capture::start(world.server.netns(), NIC)?;
     let done = AtomicU32::new(0);
-    let mut vms = Vms::new(&world, seed);
-    thread::scope(|scope| -> Result<()> {
+    let over = AtomicBool::new(false);
+    let mut operators: Vec<_> = (0..OPERATORS)
+        .map(|number| Vms::new(&world, seed, number))
+        .collect();
+    let last = thread::scope(|scope| -> Result<Process> {
         let killer = scope.spawn(|| kill_often(&setup, crashes, seed, &done));
-        while !killer.is_finished() {
-            vms.step()
-                .with_context(|| format!("after {} crashes", done.load(Ordering::Relaxed)))?;
+        let (done, over) = (&done, &over);
+        let working: Vec<_> = operators
+            .iter_mut()
+            .map(|vms| {
+                scope.spawn(move || -> Result<()> {
+                    while !over.load(Ordering::Relaxed) {
+                        vms.step().with_context(|| {
+                            format!("after {} crashes", done.load(Ordering::Relaxed))
+                        })?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let last = killer.join().map_err(|_| anyhow!("the killer panicked"));
+        over.store(true, Ordering::Relaxed);
+        for worker in working {
+            worker
+                .join()
+                .map_err(|_| anyhow!("an operator panicked"))??;
         }
-        killer.join().map_err(|_| anyhow!("the killer panicked"))?
+        last?
     })?;
+    drop(last);
     let agent = setup.start()?;
     let log = || agent.log();
-    vms.finish()?;
+    for vms in &mut operators {
+        vms.finish()?;
+    }
+    let living: Vec<&Vm> = operators
+        .iter()
+        .flat_map(|vms| vms.living.values())
+        .collect();
+    let lives: Vec<Life> = operators.iter().flat_map(|vms| vms.lives.clone()).collect();
 
     // Whoever is dead has lost its lease in the end, except where nobody can know any more whether
     // the RELEASE left.
@@ -88,9 +120,10 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
     let deadline = Deadline::after(PATIENCE);
     let mut held: Vec<_>;
     loop {
-        let living: BTreeSet<Mac> = vms.living.values().map(|vm| vm.mac).collect();
         held = world.server.leases()?;
-        held.retain(|lease| !living.contains(&lease.mac) && !unknown.contains(&lease.ip));
+        held.retain(|lease| {
+            !living.iter().any(|vm| vm.mac == lease.mac) && !unknown.contains(&lease.ip)
+        });
         if held.is_empty() || deadline.passed() {
             break;
         }
@@ -102,7 +135,7 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
         agent.list()?,
         log()
     );
-    for vm in vms.living.values() {
+    for vm in &living {
         let ip = vm.lease().context("a living VM without a lease")?;
         ensure!(world.server.has(ip)?, "{}: {ip} was taken away", vm.name);
         let state = agent.state(ip)?;
@@ -113,39 +146,54 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
             log()
         );
     }
-    let releases = judge(&wire, &vms.deaths).with_context(log)?;
+    let releases = judge(&wire, &lives).with_context(log)?;
     ensure!(releases > 0, "the agent never released anything");
     println!(
         "NOTE seed {seed}: {crashes} crashes, {} VMs died and {} live, {releases} RELEASEs, {} of \
          unknown outcome, in {:.0} s",
-        vms.deaths.len(),
-        vms.living.len(),
+        lives.len() - living.len(),
+        living.len(),
         unknown.len(),
         (now() - begin).as_secs_f64()
     );
     agent.stop()
 }
 
-fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Result<()> {
+/// Leaves one running.
+fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Result<Process> {
     let mut random = Random::new(seed ^ 0x9e37);
     for _ in 0..crashes {
         let mut agent = setup.spawn()?;
-        // Most of them long enough to release something, and some while it still starts.
+        let said = ready(&agent);
+        // Some while they still start; most of them live long enough to release something, however
+        // slow the machine is.
         let life = match random.below(4) {
             0 => random.below(400),
-            _ => 400 + random.below(1400),
+            lives => {
+                let deadline = Deadline::after(PATIENCE);
+                while ready(&agent) == said && !deadline.passed() {
+                    agent.check_alive()?;
+                    sleep(Duration::from_millis(10));
+                }
+                random.below(500 * lives)
+            }
         };
         sleep(Duration::from_millis(life.into()));
         agent.check_alive()?;
         agent.kill();
         done.fetch_add(1, Ordering::Relaxed);
     }
-    Ok(())
+    setup.spawn()
 }
 
-/// Every RELEASE of the agent's answers one death: the VM died after its last ACK, and nobody had
-/// released that lease yet.
-fn judge(wire: &Capture, deaths: &[Death]) -> Result<usize> {
+/// How many agents have said so in the log that they share.
+fn ready(agent: &Process) -> usize {
+    agent.log().matches("ready on").count()
+}
+
+/// No RELEASE of the agent's falls into the life that took the lease, and nobody had released that
+/// lease yet.
+fn judge(wire: &Capture, lives: &[Life]) -> Result<usize> {
     let mut last: BTreeMap<(Ipv4Addr, Mac), (u8, Instant)> = BTreeMap::new();
     let mut releases = 0;
     for frame in wire.frames() {
@@ -167,10 +215,18 @@ fn judge(wire: &Capture, deaths: &[Death]) -> Result<usize> {
         let Some((ACK, leased_at)) = before else {
             bail!("{lease:?} was released a second time: {before:?} came before");
         };
-        let died = deaths
-            .iter()
-            .any(|death| death.mac == dhcp.chaddr && death.at > leased_at && death.at <= frame.at);
-        ensure!(died, "{lease:?} was released, and its VM was alive");
+        // An ACK that comes after the death, to a REQUEST of before, is no life's.
+        let alive = lives.iter().find(|life| {
+            life.mac == dhcp.chaddr
+                && life.born <= leased_at
+                && leased_at <= frame.at
+                && life.died.is_none_or(|died| frame.at < died)
+        });
+        ensure!(
+            alive.is_none(),
+            "{lease:?} was released at {:?}, leased at {leased_at:?}, in the middle of {alive:?}",
+            frame.at
+        );
     }
     Ok(releases)
 }
@@ -186,9 +242,12 @@ fn unknown_outcomes(log: &str) -> BTreeSet<Ipv4Addr> {
         .collect()
 }
 
-struct Death {
+/// From when its port came to be until it was killed.
+#[derive(Clone, Debug)]
+struct Life {
     mac: Mac,
-    at: Instant,
+    born: Instant,
+    died: Option<Instant>,
 }
 
 struct Vms<'a> {
@@ -197,30 +256,34 @@ struct Vms<'a> {
     living: BTreeMap<u8, Vm>,
     /// Their ports are still there.
     corpses: Vec<Vm>,
-    deaths: Vec<Death>,
+    lives: Vec<Life>,
     /// Numbers that can be born again.
     free: Vec<u8>,
 }
 
 impl<'a> Vms<'a> {
-    fn new(world: &'a World, seed: u32) -> Self {
+    fn new(world: &'a World, seed: u32, operator: u8) -> Self {
+        let first = 1 + operator * NUMBERS;
         Self {
             world,
-            random: Random::new(seed),
+            random: Random::new(seed ^ (u32::from(operator) << 16)),
             living: BTreeMap::new(),
             corpses: Vec::new(),
-            deaths: Vec::new(),
-            free: (1..=NUMBERS).collect(),
+            lives: Vec::new(),
+            free: (first..first + NUMBERS).collect(),
         }
     }
 
     /// Something happens to somebody.
     fn step(&mut self) -> Result<()> {
         sleep(Duration::from_millis(self.random.below(150).into()));
-        let boot = self.living.len() < 3 || self.random.below(2) == 0;
+        let boot = self.living.len() < 2 || self.random.below(2) == 0;
         if boot && !self.free.is_empty() {
-            let at = self.random.below(self.free.len().try_into()?);
-            let number = self.free.remove(at.try_into()?);
+            // Whoever has been dead longest; now and then one that has just died, and is back before
+            // anybody could notice.
+            let last = self.free.len() - 1;
+            let at = if self.random.below(4) == 0 { last } else { 0 };
+            let number = self.free.remove(at);
             return self.boot(number);
         }
         let at = self.random.below(self.living.len().try_into()?);
@@ -249,13 +312,21 @@ impl<'a> Vms<'a> {
         vm.plug_in()?;
         let deadline = Deadline::after(PATIENCE);
         while !is_watched(&name)? {
-            ensure!(!deadline.passed(), "{name} is not watched");
+            if deadline.passed() {
+                let log = fs::read_to_string(Path::new(DIR).join("agent.log"))?;
+                bail!("{name} is not watched; the agents say:\n{}", tail(&log, 40));
+            }
             sleep(Duration::from_millis(5));
         }
         vm.start_client(Client::Udhcpc)?;
         let ip = vm.wait_lease(PATIENCE)?;
         vm.ping(SERVER_IP)
             .with_context(|| format!("{name} has {ip}"))?;
+        self.lives.push(Life {
+            mac: vm.mac,
+            born: vm.linked_at,
+            died: None,
+        });
         self.living.insert(number, vm);
         Ok(())
     }
@@ -263,7 +334,8 @@ impl<'a> Vms<'a> {
     fn kill(&mut self, number: u8, kind: KillKind) -> Result<()> {
         let mut vm = self.living.remove(&number).context("no such VM")?;
         let at = vm.kill(kind)?;
-        self.deaths.push(Death { mac: vm.mac, at });
+        let life = self.lives.iter_mut().rfind(|life| life.mac == vm.mac);
+        life.context("never born")?.died = Some(at);
         match kind {
             KillKind::PortDeleted => self.free.push(number),
             KillKind::CarrierLost | KillKind::PortKept => self.corpses.push(vm),
@@ -272,7 +344,7 @@ impl<'a> Vms<'a> {
         if self.corpses.len() > 2 {
             let vm = self.corpses.remove(0);
             vm.unplug()?;
-            let number = (1..=NUMBERS).find(|n| vm_mac(*n) == vm.mac);
+            let number = (1..=OPERATORS * NUMBERS).find(|n| vm_mac(*n) == vm.mac);
             self.free.extend(number);
         }
         Ok(())

@@ -38,9 +38,8 @@ pub struct RecordRing {
 
 impl RecordRing {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
-        let map = match ebpf.take_map(NAME) {
-            Some(Map::RingBuf(map)) => map,
-            Some(_) | None => return Err(KernelError::Object(NAME)),
+        let Some(Map::RingBuf(map)) = ebpf.take_map(NAME) else {
+            return Err(KernelError::Object(NAME));
         };
         let ring = Mapped::new(map)?;
         // SAFETY: the descriptor is the map's, which `ring` owns, never closes and never swaps.
