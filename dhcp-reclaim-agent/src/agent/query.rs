@@ -1,7 +1,7 @@
 //! Lease queries on their way: a socket for as long as one is open, and what it hears.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     io,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     time::Duration,
@@ -90,15 +90,13 @@ impl Agent {
         let from = *addresses.first().ok_or("the bridge has no address")?;
         let xid = draw_xid().ok_or("no random numbers")?;
         let payload = leasequery::query(query.ip, from, xid).ok_or("it cannot be encoded")?;
-        if !self.queries.sockets.contains_key(&query.segment) {
-            let socket = open(bridge.ifindex, from).map_err(|error| error.to_string())?;
-            self.queries.sockets.insert(query.segment, socket);
-        }
-        let socket = self
-            .queries
-            .sockets
-            .get(&query.segment)
-            .ok_or("no socket")?;
+        let socket = match self.queries.sockets.entry(query.segment) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(none) => {
+                let socket = open(bridge.ifindex, from).map_err(|error| error.to_string())?;
+                none.insert(socket)
+            }
+        };
         let to = SocketAddrV4::new(query.server, PORT);
         socket
             .send_to(&payload, to)
