@@ -118,10 +118,22 @@ impl Capture {
         timeout: Duration,
         wanted: impl Fn(&Frame) -> bool,
     ) -> Result<Frame> {
+        self.wait_nth(what, 1, timeout, wanted)
+    }
+
+    /// Waits until `nth` such frames have come, and returns the last of them. `wanted` looks at its
+    /// frame only: the capture is locked meanwhile.
+    pub fn wait_nth(
+        &self,
+        what: &str,
+        nth: usize,
+        timeout: Duration,
+        wanted: impl Fn(&Frame) -> bool,
+    ) -> Result<Frame> {
         let deadline = Deadline::after(timeout);
         let mut frames = self.lock();
         loop {
-            if let Some(frame) = frames.iter().find(|frame| wanted(frame)) {
+            if let Some(frame) = frames.iter().filter(|frame| wanted(frame)).nth(nth - 1) {
                 return Ok(frame.clone());
             }
             if deadline.passed() {

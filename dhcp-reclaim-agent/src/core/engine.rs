@@ -458,7 +458,10 @@ impl Engine {
         );
         match self.policy.commit {
             // The address may come alive before any reply is seen, or without one.
-            Commit::Request => self.schedule(key, now + self.policy.probe_wait),
+            Commit::Request => {
+                self.begin_watch(key, None, false, now);
+                self.schedule(key, now + self.policy.probe_wait);
+            }
             Commit::Ack => self.schedule(key, now + TRANSACTION),
         }
     }
