@@ -41,8 +41,9 @@ use crate::{
     ports::{PortEvent, PortWatcher, local_addresses},
 };
 
-/// The coarse tier's clock: how finely "heard lately" is known.
-const EPOCH: Duration = Duration::from_secs(1);
+/// The coarse tier's clock, at its slowest: how finely "heard lately" is known.
+const EPOCH_MAX: Duration = Duration::from_secs(1);
+const EPOCH_MIN: Duration = Duration::from_millis(50);
 /// Option 56 of every RELEASE: who sent it, for the server's log.
 const MESSAGE: &str = concat!("dhcp-reclaim ", env!("CARGO_PKG_VERSION"));
 
@@ -162,7 +163,9 @@ impl Agent {
     async fn run(mut self) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-        let mut tick = interval(EPOCH);
+        // Well below `silence`, or a busy VM would seem silent between two epochs.
+        let epoch = (self.settings.silence / 4).clamp(EPOCH_MIN, EPOCH_MAX);
+        let mut tick = interval(epoch);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         eprintln!(
             "dhcp-reclaim: ready on {} ({} ports), control socket {}",
