@@ -321,6 +321,7 @@ impl Events {
             .args(["events", "--follow", "--json", "--control"])
             .arg(control)
             .stdin(Stdio::null())
+            .stderr(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot follow events")?;
