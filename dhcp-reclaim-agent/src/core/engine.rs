@@ -28,6 +28,8 @@ const RETENTION: Duration = Duration::from_secs(600);
 const HELD_AGAIN: Duration = Duration::from_secs(1);
 /// A RELEASE that could not be sent is tried again after this, times the failures so far.
 const RETRY: Duration = Duration::from_secs(1);
+/// An ACK is seen by the uplink and by the port, in whichever order, within this.
+const SAME_ANSWER: Duration = Duration::from_secs(1);
 /// One report of a rogue server per port in this time.
 const ROGUE_EVERY: Duration = Duration::from_secs(60);
 
@@ -649,6 +651,14 @@ impl Engine {
         let Some(binding) = self.bindings.get(&key).filter(|binding| binding.is_live()) else {
             return;
         };
+        if binding.acked
+            && binding.chaddr == message.chaddr
+            && binding.state == State::Bound
+            && message.seen_at.since(binding.since) < SAME_ANSWER
+        {
+            // The very ACK that made the binding: its record by the uplink came after the port's.
+            return;
+        }
         let (state, who) = if binding.chaddr == message.chaddr {
             (State::Moved, "its MAC".to_owned())
         } else {

@@ -40,7 +40,8 @@ pub struct Setup {
     pub probe_loss: u64,
     /// In milliseconds; what is longer than the hold-down is outside of the assumptions.
     pub longest_pause: u64,
-    pub disorder: bool,
+    /// Of a hundred batches of records, those that come out of order.
+    pub disorder: u64,
     /// A paused VM wakes between the decision and the frame.
     pub wakes_at_emit: bool,
     /// VMs move while their old node's uplink is cut, and uplinks are cut after moves.
@@ -86,7 +87,7 @@ impl Setup {
             shared_ports: 15,
             probe_loss: 10,
             longest_pause: 200_000,
-            disorder: true,
+            disorder: 10,
             wakes_at_emit: false,
             careless: true,
             bound_by_breaker: Some(0.5),

@@ -575,7 +575,7 @@ impl World {
         }
         while !self.nodes[node].pending.is_empty() {
             let mut pending = std::mem::take(&mut self.nodes[node].pending);
-            if pending.len() > 1 && self.setup.disorder {
+            if pending.len() > 1 && self.rng.percent(self.setup.disorder) {
                 // Two CPUs wrote them at nearly the same time.
                 let i = self.rng.below(pending.len() as u64 - 1) as usize;
                 if pending[i].1 != pending[i + 1].1 {
@@ -1706,6 +1706,10 @@ impl World {
                     return;
                 }
                 let Some(port) = port else { return };
+                let kind = if alone || kind == Kind::StopStart { kind } else { Kind::KillKept };
+                if kind == Kind::StopStart && !alone {
+                    return;
+                }
                 self.die(vm, kind);
                 match kind {
                     Kind::KillKept => {}
