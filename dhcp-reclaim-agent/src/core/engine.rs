@@ -428,6 +428,10 @@ impl Engine {
         let port_name = info.port.name.clone();
         let server = ask.server();
         let known_mac = server.and_then(|server| self.server_mac(segment, message.vlan, server));
+        let shared = self
+            .bindings
+            .get(&key)
+            .is_some_and(|b| b.shared && b.client_id == message.client_id);
         self.remove(key);
         self.insert(Binding {
             key,
@@ -440,6 +444,7 @@ impl Engine {
             state: State::Requested,
             acked: false,
             seen_alive: false,
+            shared,
             doubt: None,
             expires: None,
             tentative_until: Some(now + TRANSACTION),
@@ -536,6 +541,12 @@ impl Engine {
         let renewed = previous.as_ref().is_some_and(|b| {
             b.acked && b.is_live() && b.port == message.port && b.chaddr == message.chaddr
         });
+        let shared = previous.as_ref().is_some_and(|b| {
+            // What one clone gives back, the other still has.
+            let same = b.shared && b.client_id == transaction.client_id;
+            let taken = b.acked && b.lost().is_none() && b.chaddr != message.chaddr;
+            same || (b.is_live() && taken)
+        });
         if let Some(previous) = previous.filter(Binding::is_live)
             && (previous.port, previous.chaddr) != (message.port, message.chaddr)
         {
@@ -573,6 +584,7 @@ impl Engine {
             state: State::Bound,
             acked: true,
             seen_alive: false,
+            shared,
             doubt,
             expires,
             tentative_until: None,
@@ -735,6 +747,11 @@ impl Engine {
                 self.restart_hold(key, now);
                 continue;
             }
+            let clone = message.kind == MessageType::Request
+                && asked == Some(key.ip)
+                && message.chaddr != binding.chaddr
+                && message.client_id.is_some()
+                && message.client_id == binding.client_id;
             let port = self.port_name(message.port);
             if binding.lost().is_none() && binding.doubt.is_none() {
                 self.add("conflicts", 1);
@@ -750,6 +767,9 @@ impl Engine {
                 if let Some(binding) = self.bindings.get_mut(&key) {
                     binding.doubt = Some(Doubt::Conflict(now));
                 }
+            }
+            if clone && let Some(binding) = self.bindings.get_mut(&key) {
+                binding.shared = true;
             }
             self.restart_hold(key, now);
         }

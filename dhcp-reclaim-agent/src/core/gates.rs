@@ -241,6 +241,9 @@ impl Case<'_> {
     }
 
     fn unique(&self) -> Answer {
+        if self.binding.shared {
+            return hold("another MAC holds the same lease");
+        }
         match self.twin {
             Some(twin) => hold(format!("{} shows the same client-id", twin.ip)),
             None => pass("no other live binding shows its client-id or its address"),

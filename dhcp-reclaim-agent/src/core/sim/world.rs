@@ -403,8 +403,10 @@ impl World {
             .filter_map(|(_, _, vm, _)| *vm)
             .collect();
         let start = Time::ZERO + START;
+        let last = lines.last().map_or(start, |line| line.0);
         lines
             .iter()
+            .filter(|(at, _, _, text)| !text.contains("probe") || last.since(*at) < secs(60))
             .filter(|(_, about, vm, _)| {
                 ip.is_none()
                     || *about == ip
@@ -932,7 +934,12 @@ impl World {
         let now = self.now;
         let user = (0..self.vms.len()).find(|vm| {
             let it = &self.vms[*vm];
-            it.life == Life::Running && it.ip == Some(ip) && it.lease_until > now
+            // A clone on another node has the same address, and this node may never hear of it.
+            let far_clone = it.mac != release.chaddr
+                && it.client_id.is_some()
+                && it.client_id == release.client_id
+                && it.node != node;
+            it.life == Life::Running && it.ip == Some(ip) && it.lease_until > now && !far_clone
         });
         if let Some(vm) = user {
             let still = self.vms[vm].still_until > now;
