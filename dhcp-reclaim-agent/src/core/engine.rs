@@ -45,6 +45,8 @@ struct PortInfo {
 struct Segment {
     settled_at: Time,
     uplinks: BTreeSet<IfIndex>,
+    /// It has one, or had: without it, a VM that moved is only out of sight.
+    had_uplink: bool,
     /// Learned from what servers sent in by an uplink, for where ACKs to VMs are not seen.
     servers: BTreeMap<(Vlan, Ipv4Addr), MacAddr>,
 }
@@ -186,8 +188,10 @@ impl Engine {
             .or_insert_with(|| Segment {
                 settled_at: settled_after_start,
                 uplinks: BTreeSet::new(),
+                had_uplink: false,
                 servers: BTreeMap::new(),
             });
+        segment.had_uplink |= port.role == Role::Uplink;
         if port.role == Role::Uplink && segment.uplinks.insert(port.ifindex) {
             segment.settled_at = segment.settled_at.max(settle);
         }
@@ -1594,7 +1598,7 @@ impl Engine {
     fn has_uplink(&self, segment: SegmentId) -> bool {
         self.segments
             .get(&segment)
-            .is_some_and(|segment| !segment.uplinks.is_empty())
+            .is_some_and(|segment| segment.had_uplink)
     }
 
     fn segment_of(&self, port: IfIndex) -> Option<SegmentId> {
