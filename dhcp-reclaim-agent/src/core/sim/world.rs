@@ -1755,7 +1755,7 @@ impl World {
             Kind::Migrate if running && alone && self.calm(vm) => self.migrate(vm, &mut rng),
             Kind::GuestRelease if running && self.calm(vm) => self.guest_gives_up(vm, &mut rng),
             Kind::CutUplink | Kind::DetachUplink => {
-                if !self.open(node) || !(self.calm_node(node) || self.setup.careless) {
+                if !self.open(node) || !self.calm_node(node) {
                     return;
                 }
                 let duration = rng.millis(500, 60_000);
