@@ -28,6 +28,9 @@ const RETENTION: Duration = Duration::from_secs(600);
 const HELD_AGAIN: Duration = Duration::from_secs(1);
 /// A RELEASE that could not be sent is tried again after this, times the failures so far.
 const RETRY: Duration = Duration::from_secs(1);
+/// A probe into the segment counts if the uplink was heard after it; the slot tells only in which
+/// epoch of a second that was.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
 /// An ACK is seen by the uplink and by the port, in whichever order, within this.
 const SAME_ANSWER: Duration = Duration::from_secs(1);
 /// One report of a rogue server per port in this time.
@@ -959,11 +962,13 @@ impl Engine {
             .ports
             .get(&binding.port)
             .is_some_and(|info| info.bindings.len() == 1);
+        // Which address its VM has now, the port's slot does not tell.
+        let certain = !matches!(binding.doubt, Some(Doubt::RecordsLost(_)));
         let heard = evidence
             .port_at
             .filter(|at| binding.last_seen.is_none_or(|seen| *at > seen));
         match heard {
-            Some(at) if alone && binding.state != State::Requested => {
+            Some(at) if alone && certain && binding.state != State::Requested => {
                 self.alive(key, at, "its port is heard", now);
                 self.rest(key, now);
             }
@@ -992,8 +997,7 @@ impl Engine {
             .or(evidence.own_at.filter(|_| !requested))
             .filter(|at| *at >= watching.armed_at)
         {
-            let address = evidence.address_at.is_some();
-            self.confirm(key, address, now);
+            self.confirm(key, evidence.address_at, now);
             self.alive(key, at, "a frame of it came by its own port", now);
             return;
         }
@@ -1004,6 +1008,7 @@ impl Engine {
             self.found_elsewhere(key, watching, at, port, now);
             return;
         }
+        let uplink = self.has_uplink(key.segment);
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
@@ -1011,6 +1016,18 @@ impl Engine {
             // The kernel saw what this look did not: silence begins anew.
             self.restart_hold(key, now);
             return;
+        }
+        let mut watching = watching;
+        if uplink
+            && watching.lost.is_some()
+            && let Some(probed_at) = watching.probed_at
+            && evidence
+                .uplink_at
+                .is_none_or(|at| at + HEARD_WITHIN < probed_at)
+        {
+            // The latest probe may have left by a cut cable, and those before it too.
+            watching.probes = 0;
+            binding.check = Check::Watching(watching);
         }
         if binding.state == State::Requested {
             self.ask_again(key, watching, now);
@@ -1278,7 +1295,8 @@ impl Engine {
         };
         binding.last_seen = binding.last_seen.max(Some(at));
         binding.held_by = None;
-        if let Some(Doubt::Conflict(since) | Doubt::RecordsLost(since)) = binding.doubt
+        // After a lost record only the address itself, or an ACK, says that it is still the VM's.
+        if let Some(Doubt::Conflict(since)) = binding.doubt
             && at > since
         {
             binding.doubt = None;
@@ -1306,14 +1324,19 @@ impl Engine {
     }
 
     /// The address itself was seen: a REQUEST's pair is a lease, and the VM uses it.
-    fn confirm(&mut self, key: Key, address: bool, now: Time) {
+    fn confirm(&mut self, key: Key, address_at: Option<Time>, now: Time) {
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
-        if !address {
+        let Some(at) = address_at else {
             return;
-        }
+        };
         binding.seen_alive = true;
+        if let Some(Doubt::RecordsLost(since)) = binding.doubt
+            && at > since
+        {
+            binding.doubt = None;
+        }
         if binding.state == State::Requested && self.policy.commit == Commit::Request {
             binding.tentative_until = None;
             self.set_state(

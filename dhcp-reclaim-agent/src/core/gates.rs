@@ -193,6 +193,12 @@ impl Case<'_> {
         if let Some(at) = evidence.own_at {
             return hold(format!("a frame of it came {} ago", secs(now.since(at))));
         }
+        if watching.lost.is_some()
+            && self.uplink
+            && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
+        {
+            return hold("nothing was heard on the uplink since: the segment may be cut");
+        }
         if watching.probes < self.policy.misses {
             return hold(format!(
                 "{} of {} probes have left",
@@ -204,12 +210,6 @@ impl Case<'_> {
             .is_some_and(|at| now.since(at) < self.probe_wait())
         {
             return hold("the latest probe may still be answered");
-        }
-        if watching.lost.is_some()
-            && self.uplink
-            && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
-        {
-            return hold("nothing was heard on the uplink since: the segment may be cut");
         }
         pass(format!(
             "{} probes unanswered, not a frame for {}",

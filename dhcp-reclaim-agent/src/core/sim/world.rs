@@ -932,13 +932,16 @@ impl World {
     fn judge(&mut self, node: usize, release: &Release) {
         let ip = release.ip;
         let now = self.now;
+        // What it knew of a clone may be forgotten, or never have been told.
+        let state = &self.nodes[node];
+        let forgetful = state.started_at > Time::ZERO + START || !state.lost_told.is_empty();
         let user = (0..self.vms.len()).find(|vm| {
             let it = &self.vms[*vm];
             // A clone on another node has the same address, and this node may never hear of it.
             let far_clone = it.mac != release.chaddr
                 && it.client_id.is_some()
                 && it.client_id == release.client_id
-                && it.node != node;
+                && (it.node != node || forgetful);
             it.life == Life::Running && it.ip == Some(ip) && it.lease_until > now && !far_clone
         });
         if let Some(vm) = user {
