@@ -702,7 +702,10 @@ fn follow_kernel_log(kernel: &mut Kernel) -> anyhow::Result<()> {
     let Some(logger) = kernel.logger() else {
         return Ok(());
     };
-    #[expect(deprecated, reason = "its successor is unsafe; the logger owns its descriptor")]
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe; the logger owns its descriptor"
+    )]
     let mut logger = AsyncFd::with_interest(logger, Interest::READABLE)
         .context("cannot follow the kernel half's log")?;
     tokio::spawn(async move {

@@ -548,6 +548,24 @@ impl Engine {
         let renewed = previous.as_ref().is_some_and(|b| {
             b.acked && b.is_live() && b.port == message.port && b.chaddr == message.chaddr
         });
+        let contested = previous.as_ref().is_some_and(|b| {
+            b.is_live()
+                && b.acked
+                && b.chaddr == message.chaddr
+                && b.port != message.port
+                && b.lost().is_none()
+        });
+        if contested {
+            // Its owner's port is up, so this may be a neighbour who borrows the MAC, and whose
+            // port's end would then be taken for the owner's. A binding follows a VM to a new port
+            // only when the old one is gone.
+            self.add("acks_contested", 1);
+            if let Some(binding) = self.bindings.get_mut(&key) {
+                binding.doubt = Some(Doubt::Conflict(now));
+                binding.expires = expires;
+            }
+            return;
+        }
         let shared = previous.as_ref().is_some_and(|b| {
             // What one clone gives back, the other still has.
             let same = b.shared && b.client_id == transaction.client_id;
@@ -1004,6 +1022,7 @@ impl Engine {
         if let Some((at, port)) = evidence
             .elsewhere
             .filter(|(at, _)| *at >= watching.armed_at)
+            .filter(|_| !self.policy.without.contains(&Gate::Elsewhere))
         {
             self.found_elsewhere(key, watching, at, port, now);
             return;
@@ -1019,7 +1038,7 @@ impl Engine {
         }
         let mut watching = watching;
         if uplink
-            && watching.lost.is_some()
+            && watching.everywhere
             && let Some(probed_at) = watching.probed_at
             && evidence
                 .uplink_at
@@ -1140,7 +1159,7 @@ impl Engine {
         let (Some(server), Check::Watching(watching)) = (binding.server, binding.check) else {
             return;
         };
-        if !self.bucket.take(now) {
+        if !self.bucket.take(now) && !self.policy.without.contains(&Gate::Rate) {
             return;
         }
         let release = Release {
@@ -1457,7 +1476,7 @@ impl Engine {
                 probe: Probe { via, vlan, ip, mac },
             });
         }
-        if let Some(probe) = control.filter(|_| watching.lost.is_some() && has_uplink) {
+        if let Some(probe) = control.filter(|_| watching.everywhere && has_uplink) {
             self.actions.push_back(Action::Control { probe });
         }
         self.actions.push_back(Action::Probe {

@@ -193,7 +193,7 @@ impl Case<'_> {
         if let Some(at) = evidence.own_at {
             return hold(format!("a frame of it came {} ago", secs(now.since(at))));
         }
-        if watching.lost.is_some()
+        if watching.everywhere
             && self.uplink
             && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
         {

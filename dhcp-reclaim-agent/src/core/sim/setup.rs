@@ -97,7 +97,11 @@ impl Setup {
 
     /// Boots, deaths and `kinds`; nothing else.
     pub fn only(kinds: &[(Kind, u64)]) -> Self {
-        let mut weights = vec![(Kind::Boot, 40), (Kind::KillDeleted, 10), (Kind::KillKept, 5)];
+        let mut weights = vec![
+            (Kind::Boot, 40),
+            (Kind::KillDeleted, 10),
+            (Kind::KillKept, 5),
+        ];
         weights.extend_from_slice(kinds);
         Self {
             weights,

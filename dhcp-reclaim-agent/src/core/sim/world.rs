@@ -483,7 +483,9 @@ impl World {
             }
             Ev::Announce(vm, incarnation) => {
                 if self.speaks(vm, incarnation) {
-                    self.say(None, Some(vm), || format!("vm{vm} announces itself by RARP"));
+                    self.say(None, Some(vm), || {
+                        format!("vm{vm} announces itself by RARP")
+                    });
                     self.frame_of(vm, None, true);
                 }
             }
@@ -632,7 +634,12 @@ impl World {
             self.say(
                 message.ciaddr.or(message.yiaddr).or(message.requested_ip),
                 None,
-                || format!("node{node}: the record of a {:?} at {name} is lost", message.kind),
+                || {
+                    format!(
+                        "node{node}: the record of a {:?} at {name} is lost",
+                        message.kind
+                    )
+                },
             );
             return;
         }
@@ -770,7 +777,11 @@ impl World {
         let evidence = Evidence {
             own_at: both.iter().flatten().filter_map(|w| w.at(port)).max(),
             address_at: ip.and_then(|w| w.at(port)),
-            elsewhere: both.iter().flatten().filter_map(|w| w.elsewhere(port)).max(),
+            elsewhere: both
+                .iter()
+                .flatten()
+                .filter_map(|w| w.elsewhere(port))
+                .max(),
             port_at: own.and_then(heard),
             uplink_at: heard(state.uplink),
             armed: ip.is_some() && mac.is_some(),
@@ -830,9 +841,7 @@ impl World {
             let it = &self.vms[vm];
             let reached = match probe.via {
                 ProbeVia::Port(port) => it.node == node && it.port == Some(port),
-                ProbeVia::Segment(_) => {
-                    it.node == node || (self.open(node) && self.open(it.node))
-                }
+                ProbeVia::Segment(_) => it.node == node || (self.open(node) && self.open(it.node)),
             };
             let answers = it.mac == probe.mac && it.ip == Some(probe.ip) && it.answers_arp;
             let incarnation = it.incarnation;
@@ -872,8 +881,7 @@ impl World {
             .iter()
             .map(|source| state.watch.get(source).map(Watch::latest))
             .collect::<Option<Vec<_>>>();
-        let vetoed =
-            latest.is_none_or(|times| times.iter().any(|at| *at > release.silent_since));
+        let vetoed = latest.is_none_or(|times| times.iter().any(|at| *at > release.silent_since));
         if vetoed && !self.setup.policy.without.contains(&Gate::Kernel) {
             self.stats.vetoes += 1;
             let known = state.reported.get(&key_of(release.ip)).copied();
@@ -946,8 +954,16 @@ impl World {
         });
         if let Some(vm) = user {
             let still = self.vms[vm].still_until > now;
-            let how = if still { "alive, though still" } else { "alive" };
-            self.violate(Some(ip), "never-the-living", format!("vm{vm} is {how} and uses {ip}"));
+            let how = if still {
+                "alive, though still"
+            } else {
+                "alive"
+            };
+            self.violate(
+                Some(ip),
+                "never-the-living",
+                format!("vm{vm} is {how} and uses {ip}"),
+            );
             return;
         }
         let left = self.leases.get(&ip).map(|lease| lease.until.since(now));
@@ -975,7 +991,11 @@ impl World {
         let Some(binding) = state.engine.bindings_of(release.ip).next() else {
             return Err("the engine knows no such binding".to_owned());
         };
-        let need = if state.ports.get(&binding.port).is_some_and(|port| port.carrier) {
+        let need = if state
+            .ports
+            .get(&binding.port)
+            .is_some_and(|port| port.carrier)
+        {
             policy.hold_down_silent
         } else {
             policy.hold_down_uplink
@@ -988,7 +1008,10 @@ impl World {
                 && *at > release.silent_since
                 && !policy.without.contains(&Gate::Kernel)
             {
-                return Err(format!("a frame of {source:?} came {:?} ago", self.now.since(*at)));
+                return Err(format!(
+                    "a frame of {source:?} came {:?} ago",
+                    self.now.since(*at)
+                ));
             }
         }
         let fact_ip = state.facts.get(&Source::Ip(release.ip));
@@ -1003,7 +1026,10 @@ impl World {
             }
         }
         let probes = state.probes.get(&key).map_or(0, |times| {
-            times.iter().filter(|at| **at >= release.silent_since).count()
+            times
+                .iter()
+                .filter(|at| **at >= release.silent_since)
+                .count()
         });
         if probes < policy.misses as usize {
             return Err(format!("{probes} probes left since silence began"));
@@ -1033,9 +1059,13 @@ impl World {
         let mut text = None;
         for (i, at) in times.iter().enumerate() {
             let sent = (times.len() - i) as f64;
-            let may = f64::from(policy.burst) + now.since(*at).as_secs_f64() * f64::from(policy.rate);
+            let may =
+                f64::from(policy.burst) + now.since(*at).as_secs_f64() * f64::from(policy.rate);
             if sent > may + 1e-6 {
-                text = Some(format!("{sent} RELEASEs in {:?}, {may} may be", now.since(*at)));
+                text = Some(format!(
+                    "{sent} RELEASEs in {:?}, {may} may be",
+                    now.since(*at)
+                ));
                 break;
             }
         }
@@ -1053,7 +1083,9 @@ impl World {
             .filter(|at| now.since(**at) < window)
             .count();
         let live = self.nodes[node].engine.live();
-        let may = policy.breaker_min.max(((live + recent) as f64 * share) as usize);
+        let may = policy
+            .breaker_min
+            .max(((live + recent) as f64 * share) as usize);
         if recent > may {
             self.violate(
                 None,
@@ -1085,7 +1117,11 @@ impl World {
             return;
         }
         let Some(binding) = self.nodes[node].engine.bindings_of(ip).next() else {
-            self.violate(Some(ip), "liveness", format!("vm{vm} died, and was forgotten"));
+            self.violate(
+                Some(ip),
+                "liveness",
+                format!("vm{vm} died, and was forgotten"),
+            );
             return;
         };
         let twin = self
@@ -1121,7 +1157,10 @@ impl World {
             .armed
             .values()
             .any(|(_, own, everywhere)| *everywhere || *own == Some(port));
-        for source in [Some(Source::Mac(mac)), ip.map(Source::Ip)].into_iter().flatten() {
+        for source in [Some(Source::Mac(mac)), ip.map(Source::Ip)]
+            .into_iter()
+            .flatten()
+        {
             state.last_frame.insert(source, (now, port));
             if exact && let Some(watch) = state.watch.get_mut(&source) {
                 watch.note(port, now);
@@ -1187,7 +1226,11 @@ impl World {
         if self.vms[vm].life != Life::Off {
             return;
         }
-        let node = self.rng.below(self.nodes.len() as u64) as usize;
+        let mut node = self.rng.below(self.nodes.len() as u64) as usize;
+        if !self.vms[vm].answers_arp && self.vms[vm].incarnation > 0 {
+            // What answers no probe is looked for in vain elsewhere: it starts where it was.
+            node = self.vms[vm].node;
+        }
         if self.asleep(node) {
             return;
         }
@@ -1214,7 +1257,7 @@ impl World {
         it.node = node;
         it.port = Some(port);
         it.still_until = self.now;
-        it.calm_until = self.now;
+        it.calm_until = self.now + secs(5);
         it.ip = None;
         it.exchange += 1;
         if !remembers {
@@ -1328,9 +1371,17 @@ impl World {
         };
         Message {
             source_mac,
-            destination_mac: if question.broadcast { MacAddr::BROADCAST } else { SERVER_MAC },
+            destination_mac: if question.broadcast {
+                MacAddr::BROADCAST
+            } else {
+                SERVER_MAC
+            },
             source_ip: ciaddr.unwrap_or(Ipv4Addr::UNSPECIFIED),
-            destination_ip: if question.broadcast { Ipv4Addr::BROADCAST } else { SERVER },
+            destination_ip: if question.broadcast {
+                Ipv4Addr::BROADCAST
+            } else {
+                SERVER
+            },
             xid: question.xid,
             chaddr: question.chaddr,
             ciaddr,
@@ -1393,7 +1444,10 @@ impl World {
             );
         }
         self.say(Some(question.ip), None, || match lease {
-            Some(lease) => format!("server: ACK {} to {}, {lease:?}", question.ip, question.chaddr),
+            Some(lease) => format!(
+                "server: ACK {} to {}, {lease:?}",
+                question.ip, question.chaddr
+            ),
             None => format!("server: NAK {} to {}", question.ip, question.chaddr),
         });
         self.stats.naks += u64::from(!grant);
@@ -1416,7 +1470,11 @@ impl World {
             lease_secs: granted,
             ..self.blank(
                 question.port,
-                if lease.is_some() { MessageType::Ack } else { MessageType::Nak },
+                if lease.is_some() {
+                    MessageType::Ack
+                } else {
+                    MessageType::Nak
+                },
             )
         };
         for other in 0..self.nodes.len() {
@@ -1466,7 +1524,9 @@ impl World {
         it.memory = Some(ip);
         // The server counts from when it answered.
         it.lease_until = now + lease.saturating_sub(Duration::from_millis(10));
-        self.say(Some(ip), Some(vm), || format!("vm{vm} has {ip} for {lease:?}"));
+        self.say(Some(ip), Some(vm), || {
+            format!("vm{vm} has {ip} for {lease:?}")
+        });
         self.at(lease / 2, Ev::Renew(vm, incarnation, exchange, false));
         self.at(lease * 7 / 8, Ev::Renew(vm, incarnation, exchange, true));
         self.at(lease, Ev::Renew(vm, incarnation, exchange, true));
@@ -1488,7 +1548,9 @@ impl World {
             return;
         };
         if self.vms[vm].lease_until <= self.now {
-            self.say(Some(ip), Some(vm), || format!("vm{vm}: its lease of {ip} ran out"));
+            self.say(Some(ip), Some(vm), || {
+                format!("vm{vm}: its lease of {ip} ran out")
+            });
             let it = &mut self.vms[vm];
             it.ip = None;
             it.life = Life::Asking;
@@ -1497,7 +1559,11 @@ impl World {
             self.at(Duration::ZERO, Ev::Dhcp(vm, incarnation, exchange, false));
             return;
         }
-        let ask = if rebind { Ask::Rebinding } else { Ask::Renewing };
+        let ask = if rebind {
+            Ask::Rebinding
+        } else {
+            Ask::Renewing
+        };
         self.send_request(vm, ask, ip);
     }
 
@@ -1532,7 +1598,9 @@ impl World {
         it.ip = None;
         it.incarnation += 1;
         self.stats.deaths += 1;
-        self.say(ip, Some(vm), || format!("vm{vm} dies on node{node} ({how:?})"));
+        self.say(ip, Some(vm), || {
+            format!("vm{vm} dies on node{node} ({how:?})")
+        });
         let Some(ip) = ip else { return };
         let owner = self.vms[vm].owner();
         let known = self.nodes[node].engine.bindings_of(ip).any(|binding| {
@@ -1542,7 +1610,10 @@ impl World {
                 && binding.chaddr == self.vms[vm].mac
                 && Some(binding.port) == self.vms[vm].port
         });
-        let owned = self.leases.get(&ip).is_some_and(|lease| lease.owner == owner);
+        let owned = self
+            .leases
+            .get(&ip)
+            .is_some_and(|lease| lease.owner == owner);
         if known && owned && !had_still {
             let died = self.now;
             let bound = match how {
@@ -1716,7 +1787,11 @@ impl World {
                     return;
                 }
                 let Some(port) = port else { return };
-                let kind = if alone || kind == Kind::StopStart { kind } else { Kind::KillKept };
+                let kind = if alone || kind == Kind::StopStart {
+                    kind
+                } else {
+                    Kind::KillKept
+                };
                 if kind == Kind::StopStart && !alone {
                     return;
                 }
@@ -1730,7 +1805,11 @@ impl World {
                     _ => {}
                 }
                 if kind == Kind::StopStart {
-                    let gap = if rng.percent(50) { rng.millis(200, 9000) } else { rng.millis(9000, 60_000) };
+                    let gap = if rng.percent(50) {
+                        rng.millis(200, 9000)
+                    } else {
+                        rng.millis(9000, 60_000)
+                    };
                     let remembers = rng.percent(70);
                     self.at(gap, Ev::Boot(vm, remembers));
                 }
@@ -1758,7 +1837,12 @@ impl World {
             Kind::Migrate if running && alone && self.calm(vm) => self.migrate(vm, &mut rng),
             Kind::GuestRelease if running && self.calm(vm) => self.guest_gives_up(vm, &mut rng),
             Kind::CutUplink | Kind::DetachUplink => {
-                if !self.open(node) || !self.calm_node(node) {
+                // Two cuts within one hold-down could hide a VM from both sides in turn.
+                let apart = self
+                    .nodes
+                    .iter()
+                    .all(|node| self.now >= node.cut_until + secs(600));
+                if !apart || !self.calm_node(node) {
                     return;
                 }
                 let duration = rng.millis(500, 60_000);
@@ -1766,7 +1850,11 @@ impl World {
                 self.nodes[node].cut_until = self.now + duration;
                 self.nodes[node].excused_until = self.now + duration + secs(1000);
                 self.say(None, None, || {
-                    let what = if detach { "leaves the bridge" } else { "is cut" };
+                    let what = if detach {
+                        "leaves the bridge"
+                    } else {
+                        "is cut"
+                    };
                     format!("node{node}: its uplink {what} for {duration:?}")
                 });
                 if detach {
@@ -1853,7 +1941,9 @@ impl World {
         if !self.open(node) {
             return;
         }
-        self.say(Some(ip), Some(vm), || format!("vm{vm} releases {ip} itself"));
+        self.say(Some(ip), Some(vm), || {
+            format!("vm{vm} releases {ip} itself")
+        });
         let message = Message {
             source_mac: mac,
             source_ip: ip,
@@ -1900,11 +1990,15 @@ impl World {
         let (mac, ip) = (self.vms[victim].mac, self.vms[victim].ip);
         let Some(ip) = ip else { return };
         let client_id = self.vms[victim].client_id.clone();
-        let source = if rng.percent(50) { own } else { mac };
+        let mut source = if rng.percent(50) { own } else { mac };
         for node in &mut self.nodes {
             node.excused_until = self.now + secs(1000);
         }
         let what = rng.below(5);
+        if what == 0 && self.vms[victim].node != node {
+            // Whoever may use a MAC of another node's VM can send the RELEASE himself.
+            source = own;
+        }
         self.say(Some(ip), Some(attacker), || {
             let what = ["REQUEST", "RELEASE", "DECLINE", "rogue ACK", "frame"][what as usize];
             format!("vm{attacker} forges a {what} of vm{victim} ({ip}), source {source}")
@@ -1916,7 +2010,11 @@ impl World {
                 let question = Question {
                     node,
                     port,
-                    ask: if rng.percent(50) { Ask::InitReboot } else { Ask::Rebinding },
+                    ask: if rng.percent(50) {
+                        Ask::InitReboot
+                    } else {
+                        Ask::Rebinding
+                    },
                     ip,
                     chaddr: mac,
                     client_id,
@@ -1936,7 +2034,11 @@ impl World {
                     client_id,
                     ..self.blank(
                         port,
-                        if release { MessageType::Release } else { MessageType::Decline },
+                        if release {
+                            MessageType::Release
+                        } else {
+                            MessageType::Decline
+                        },
                     )
                 };
                 self.sight(node, port, source, None);
