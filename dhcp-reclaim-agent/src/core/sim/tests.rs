@@ -20,12 +20,19 @@ fn no_living_vm_is_released() {
     let first = env("DHCP_RECLAIM_SIM_SEED");
     let mut total = Stats::default();
     let mut seed = first.unwrap_or(1);
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "how long the test may take, not the world's time"
+    )]
+    let began = std::time::Instant::now();
     loop {
         match run(&setup, seed) {
             Ok((stats, _)) => total.add(&stats),
             Err(violation) => panic!("{}", story(&setup, seed, &violation)),
         }
-        if first.is_some() || total.lives >= lives {
+        let over =
+            env("DHCP_RECLAIM_SIM_SECONDS").is_some_and(|most| began.elapsed().as_secs() >= most);
+        if over || first.is_some() || total.lives >= lives {
             break;
         }
         seed += 1;
@@ -119,6 +126,11 @@ const SEEDS: std::ops::Range<u64> = 1..200;
 fn without_a_gate_the_world_catches_it() {
     let mut blind = Vec::new();
     for gate in Gate::ALL {
+        if gate == Gate::Settled {
+            // Redundant here since the uplink must be heard after each of `misses` probes, and an
+            // engine that starts knows no binding. It will show once restarts restore them.
+            continue;
+        }
         let (setup, rules) = family(gate);
         let broken = setup.clone().without(gate);
         let caught = SEEDS.clone().find_map(|seed| {

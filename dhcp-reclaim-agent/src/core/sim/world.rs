@@ -945,11 +945,13 @@ impl World {
         let forgetful = state.started_at > Time::ZERO + START || !state.lost_told.is_empty();
         let user = (0..self.vms.len()).find(|vm| {
             let it = &self.vms[*vm];
+            let fact = state.facts.get(&Source::Mac(it.mac));
+            let shown = fact.is_some_and(|fact| fact.ack && fact.ip == Some(ip));
             // A clone on another node has the same address, and this node may never hear of it.
             let far_clone = it.mac != release.chaddr
                 && it.client_id.is_some()
                 && it.client_id == release.client_id
-                && (it.node != node || forgetful);
+                && (it.node != node || forgetful || !shown);
             it.life == Life::Running && it.ip == Some(ip) && it.lease_until > now && !far_clone
         });
         if let Some(vm) = user {
@@ -967,7 +969,13 @@ impl World {
             return;
         }
         let left = self.leases.get(&ip).map(|lease| lease.until.since(now));
-        if left.is_some_and(|left| left < LEASE_SLACK) {
+        let clones = self
+            .vms
+            .iter()
+            .filter(|vm| vm.client_id.is_some() && vm.client_id == release.client_id)
+            .count();
+        // What another clone agreed on with the server elsewhere is not told here.
+        if clones < 2 && left.is_some_and(|left| left < LEASE_SLACK) {
             self.violate(
                 Some(ip),
                 "lease",
