@@ -28,6 +28,11 @@ const RETENTION: Duration = Duration::from_secs(600);
 const HELD_AGAIN: Duration = Duration::from_secs(1);
 /// A RELEASE that could not be sent is tried again after this, times the failures so far.
 const RETRY: Duration = Duration::from_secs(1);
+/// A probe into the segment counts if the uplink was heard after it; the slot tells only in which
+/// epoch of a second that was.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
+/// An ACK is seen by the uplink and by the port, in whichever order, within this.
+const SAME_ANSWER: Duration = Duration::from_secs(1);
 /// One report of a rogue server per port in this time.
 const ROGUE_EVERY: Duration = Duration::from_secs(60);
 
@@ -43,6 +48,8 @@ struct PortInfo {
 struct Segment {
     settled_at: Time,
     uplinks: BTreeSet<IfIndex>,
+    /// It has one, or had: without it, a VM that moved is only out of sight.
+    had_uplink: bool,
     /// Learned from what servers sent in by an uplink, for where ACKs to VMs are not seen.
     servers: BTreeMap<(Vlan, Ipv4Addr), MacAddr>,
 }
@@ -184,8 +191,10 @@ impl Engine {
             .or_insert_with(|| Segment {
                 settled_at: settled_after_start,
                 uplinks: BTreeSet::new(),
+                had_uplink: false,
                 servers: BTreeMap::new(),
             });
+        segment.had_uplink |= port.role == Role::Uplink;
         if port.role == Role::Uplink && segment.uplinks.insert(port.ifindex) {
             segment.settled_at = segment.settled_at.max(settle);
         }
@@ -426,6 +435,10 @@ impl Engine {
         let port_name = info.port.name.clone();
         let server = ask.server();
         let known_mac = server.and_then(|server| self.server_mac(segment, message.vlan, server));
+        let shared = self
+            .bindings
+            .get(&key)
+            .is_some_and(|b| b.shared && b.client_id == message.client_id);
         self.remove(key);
         self.insert(Binding {
             key,
@@ -438,6 +451,7 @@ impl Engine {
             state: State::Requested,
             acked: false,
             seen_alive: false,
+            shared,
             doubt: None,
             expires: None,
             tentative_until: Some(now + TRANSACTION),
@@ -537,6 +551,30 @@ impl Engine {
         let renewed = previous.as_ref().is_some_and(|b| {
             b.acked && b.is_live() && b.port == message.port && b.chaddr == message.chaddr
         });
+        let contested = previous.as_ref().is_some_and(|b| {
+            b.is_live()
+                && b.acked
+                && b.chaddr == message.chaddr
+                && b.port != message.port
+                && b.lost().is_none()
+        });
+        if contested {
+            // Its owner's port is up, so this may be a neighbour who borrows the MAC, and whose
+            // port's end would then be taken for the owner's. A binding follows a VM to a new port
+            // only when the old one is gone.
+            self.add("acks_contested", 1);
+            if let Some(binding) = self.bindings.get_mut(&key) {
+                binding.doubt = Some(Doubt::Conflict(now));
+                binding.expires = expires;
+            }
+            return;
+        }
+        let shared = previous.as_ref().is_some_and(|b| {
+            // What one clone gives back, the other still has.
+            let same = b.shared && b.client_id == transaction.client_id;
+            let taken = b.acked && b.lost().is_none() && b.chaddr != message.chaddr;
+            same || (b.is_live() && taken)
+        });
         if let Some(previous) = previous.filter(Binding::is_live)
             && (previous.port, previous.chaddr) != (message.port, message.chaddr)
         {
@@ -574,6 +612,7 @@ impl Engine {
             state: State::Bound,
             acked: true,
             seen_alive: false,
+            shared,
             doubt,
             expires,
             tentative_until: None,
@@ -652,6 +691,14 @@ impl Engine {
         let Some(binding) = self.bindings.get(&key).filter(|binding| binding.is_live()) else {
             return;
         };
+        if binding.acked
+            && binding.chaddr == message.chaddr
+            && binding.state == State::Bound
+            && message.seen_at.since(binding.since) < SAME_ANSWER
+        {
+            // The very ACK that made the binding: its record by the uplink came after the port's.
+            return;
+        }
         let (state, who) = if binding.chaddr == message.chaddr {
             (State::Moved, "its MAC".to_owned())
         } else {
@@ -728,6 +775,11 @@ impl Engine {
                 self.restart_hold(key, now);
                 continue;
             }
+            let clone = message.kind == MessageType::Request
+                && asked == Some(key.ip)
+                && message.chaddr != binding.chaddr
+                && message.client_id.is_some()
+                && message.client_id == binding.client_id;
             let port = self.port_name(message.port);
             if binding.lost().is_none() && binding.doubt.is_none() {
                 self.add("conflicts", 1);
@@ -743,6 +795,9 @@ impl Engine {
                 if let Some(binding) = self.bindings.get_mut(&key) {
                     binding.doubt = Some(Doubt::Conflict(now));
                 }
+            }
+            if clone && let Some(binding) = self.bindings.get_mut(&key) {
+                binding.shared = true;
             }
             self.restart_hold(key, now);
         }
@@ -928,11 +983,13 @@ impl Engine {
             .ports
             .get(&binding.port)
             .is_some_and(|info| info.bindings.len() == 1);
+        // Which address its VM has now, the port's slot does not tell.
+        let certain = !matches!(binding.doubt, Some(Doubt::RecordsLost(_)));
         let heard = evidence
             .port_at
             .filter(|at| binding.last_seen.is_none_or(|seen| *at > seen));
         match heard {
-            Some(at) if alone && binding.state != State::Requested => {
+            Some(at) if alone && certain && binding.state != State::Requested => {
                 self.alive(key, at, "its port is heard", now);
                 self.rest(key, now);
             }
@@ -961,18 +1018,19 @@ impl Engine {
             .or(evidence.own_at.filter(|_| !requested))
             .filter(|at| *at >= watching.armed_at)
         {
-            let address = evidence.address_at.is_some();
-            self.confirm(key, address, now);
+            self.confirm(key, evidence.address_at, now);
             self.alive(key, at, "a frame of it came by its own port", now);
             return;
         }
         if let Some((at, port)) = evidence
             .elsewhere
             .filter(|(at, _)| *at >= watching.armed_at)
+            .filter(|_| !self.policy.without.contains(&Gate::Elsewhere))
         {
             self.found_elsewhere(key, watching, at, port, now);
             return;
         }
+        let uplink = self.has_uplink(key.segment);
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
@@ -980,6 +1038,18 @@ impl Engine {
             // The kernel saw what this look did not: silence begins anew.
             self.restart_hold(key, now);
             return;
+        }
+        let mut watching = watching;
+        if uplink
+            && watching.everywhere
+            && let Some(probed_at) = watching.probed_at
+            && evidence
+                .uplink_at
+                .is_none_or(|at| at + HEARD_WITHIN < probed_at)
+        {
+            // The latest probe may have left by a cut cable, and those before it too.
+            watching.probes = 0;
+            binding.check = Check::Watching(watching);
         }
         if binding.state == State::Requested {
             self.ask_again(key, watching, now);
@@ -1092,7 +1162,7 @@ impl Engine {
         let (Some(server), Check::Watching(watching)) = (binding.server, binding.check) else {
             return;
         };
-        if !self.bucket.take(now) {
+        if !self.bucket.take(now) && !self.policy.without.contains(&Gate::Rate) {
             return;
         }
         let release = Release {
@@ -1247,7 +1317,8 @@ impl Engine {
         };
         binding.last_seen = binding.last_seen.max(Some(at));
         binding.held_by = None;
-        if let Some(Doubt::Conflict(since) | Doubt::RecordsLost(since)) = binding.doubt
+        // After a lost record only the address itself, or an ACK, says that it is still the VM's.
+        if let Some(Doubt::Conflict(since)) = binding.doubt
             && at > since
         {
             binding.doubt = None;
@@ -1275,14 +1346,19 @@ impl Engine {
     }
 
     /// The address itself was seen: a REQUEST's pair is a lease, and the VM uses it.
-    fn confirm(&mut self, key: Key, address: bool, now: Time) {
+    fn confirm(&mut self, key: Key, address_at: Option<Time>, now: Time) {
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
-        if !address {
+        let Some(at) = address_at else {
             return;
-        }
+        };
         binding.seen_alive = true;
+        if let Some(Doubt::RecordsLost(since)) = binding.doubt
+            && at > since
+        {
+            binding.doubt = None;
+        }
         if binding.state == State::Requested && self.policy.commit == Commit::Request {
             binding.tentative_until = None;
             self.set_state(
@@ -1403,7 +1479,7 @@ impl Engine {
                 probe: Probe { via, vlan, ip, mac },
             });
         }
-        if let Some(probe) = control.filter(|_| watching.lost.is_some() && has_uplink) {
+        if let Some(probe) = control.filter(|_| watching.everywhere && has_uplink) {
             self.actions.push_back(Action::Control { probe });
         }
         self.actions.push_back(Action::Probe {
@@ -1567,7 +1643,7 @@ impl Engine {
     fn has_uplink(&self, segment: SegmentId) -> bool {
         self.segments
             .get(&segment)
-            .is_some_and(|segment| !segment.uplinks.is_empty())
+            .is_some_and(|segment| segment.had_uplink)
     }
 
     fn segment_of(&self, port: IfIndex) -> Option<SegmentId> {

@@ -107,6 +107,7 @@ impl Case<'_> {
 
     fn ask(&self, gate: Gate, now: Time) -> Finding {
         let (verdict, reason, again_at) = match gate {
+            gate if self.policy.without.contains(&gate) => pass("overridden"),
             Gate::Confirmed => self.confirmed(),
             Gate::Lease => self.lease(now),
             Gate::Dead => self.dead(now),
@@ -192,6 +193,12 @@ impl Case<'_> {
         if let Some(at) = evidence.own_at {
             return hold(format!("a frame of it came {} ago", secs(now.since(at))));
         }
+        if watching.everywhere
+            && self.uplink
+            && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
+        {
+            return hold("nothing was heard on the uplink since: the segment may be cut");
+        }
         if watching.probes < self.policy.misses {
             return hold(format!(
                 "{} of {} probes have left",
@@ -203,12 +210,6 @@ impl Case<'_> {
             .is_some_and(|at| now.since(at) < self.probe_wait())
         {
             return hold("the latest probe may still be answered");
-        }
-        if watching.lost.is_some()
-            && self.uplink
-            && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
-        {
-            return hold("nothing was heard on the uplink since: the segment may be cut");
         }
         pass(format!(
             "{} probes unanswered, not a frame for {}",
@@ -240,6 +241,9 @@ impl Case<'_> {
     }
 
     fn unique(&self) -> Answer {
+        if self.binding.shared {
+            return hold("another MAC holds the same lease");
+        }
         match self.twin {
             Some(twin) => hold(format!("{} shows the same client-id", twin.ip)),
             None => pass("no other live binding shows its client-id or its address"),

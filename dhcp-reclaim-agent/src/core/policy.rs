@@ -1,6 +1,8 @@
 //! The settings that decide, as the core uses them.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
+
+use super::gates::Gate;
 
 /// What makes a binding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,9 @@ pub struct Policy {
     pub rate: u32,
     pub burst: u32,
     pub bindings_per_port: usize,
+    /// Gates that are not asked: what the simulation takes away to see what each is for. An
+    /// operator who overrides one does it here too, and that is audited.
+    pub without: BTreeSet<Gate>,
 }
 
 impl Default for Policy {
@@ -67,6 +72,7 @@ impl Default for Policy {
             rate: 50,
             burst: 64,
             bindings_per_port: 256,
+            without: BTreeSet::new(),
         }
     }
 }
