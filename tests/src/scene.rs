@@ -77,7 +77,10 @@ impl Scene {
 
     pub fn freed(&self, ip: Ipv4Addr) -> Result<()> {
         let gone = self.world.server.wait_gone(ip, PATIENCE);
-        gone.with_context(|| format!("events:\n{}", self.story()))
+        gone.with_context(|| {
+            let gates = self.agent.ask_text(&["explain", &ip.to_string()]);
+            format!("{}\n{}", self.story(), gates.unwrap_or_default())
+        })
     }
 
     /// The same for one whose bindings were put in doubt: it speaks once more, and is believed.

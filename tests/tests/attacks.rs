@@ -106,7 +106,7 @@ lab_test! {
 
     /// The bridge learns the victim's MAC at the attacker's port, and the server's ACK goes there.
     fn a_request_with_a_neighbours_chaddr_and_source() {
-        let mut attack = Attack::new(&[])?;
+        let mut attack = Attack::new(&["--hold-down-silent", "1m"])?;
         // A victim that would not answer, so that only the rule protects it.
         attack.victim.silence_arp()?;
         let forged = selecting(attack.victim.mac, attack.victim_ip)
@@ -308,7 +308,7 @@ lab_test! {
 
     fn a_ring_flooded_while_a_neighbour_boots() {
         // Rates that would fill the ring: the last quarter of it, and its reader, must do.
-        let attack = Attack::new(&["--record-rate", "1000000", "--record-burst", "1000000"])?;
+        let attack = Attack::new(&["--record-rate", "65535", "--record-burst", "65535"])?;
         let Attack { mut attacker, attacker_ip, nic, mut victim, victim_ip, scene } = attack;
         let frames: Vec<_> = (0..512)
             .map(|n| Forged { xid: n, ..selecting(attacker.mac, pool_ip(15)) }
@@ -401,8 +401,6 @@ lab_test! {
             ("hlen zero", base().with(|f| f.hlen = 0)),
             ("an unknown type", Forged::client(200, attack.attacker.mac, XID)),
             ("op 2 of a client", base().with(|f| f.op = 2)),
-            ("a RELEASE with an overrun", Forged::client(RELEASE, attack.attacker.mac, XID)
-                .with(|f| { f.ciaddr = attack.attacker_ip; f.end = false; f.options.extend([54, 90]); })),
         ];
         for (n, (what, forged)) in evasions.into_iter().enumerate() {
             let seen = attack.scene.agent.counter("kernel.dhcp")? + attack.scene.agent.counter("kernel.truncated")?;
@@ -424,23 +422,22 @@ lab_test! {
         attack.attacker.kill(KillKind::PortDeleted)?;
         let held = attack.scene.agent.wait_event("held", attack.attacker_ip, PATIENCE)?;
         ensure!(held.json["reason"].as_str().is_some_and(|r| r.starts_with("confirmed")), "{held:?}");
-        let mine: Vec<_> = attack.scene.wire.dhcp(RELEASE).into_iter()
-            .filter(|dhcp| dhcp.xid.wrapping_sub(XID) > 100).collect();
-        ensure!(mine.is_empty(), "{mine:?}");
+        ensure!(attack.scene.releases(attack.attacker_ip).is_empty());
         attack.victim_dies_well()
     }
 
     /// Terminals and log files are no place for what a guest can write.
     fn control_characters_in_names() {
         let mut attack = Attack::new(&["--log-level", "debug"])?;
+        let ip = pool_ip(15);
         let evil = b"\x1b]0;owned\x07\x1b[2J\r\n{\"event\":\"released\"}\x00\xff\xfe";
         let forged = [12, 60, 61, 77, 81, 124, 56].into_iter().fold(
-            selecting(attack.attacker.mac, attack.attacker_ip),
+            selecting(attack.attacker.mac, ip),
             |forged, code| forged.option(code, evil),
         );
         attack.nic.send(&forged.frame())?;
         let bound = |event: &dhcp_reclaim_tests::agent::Event| {
-            event.ip == Some(attack.attacker_ip) && event.name == "renewed"
+            event.ip == Some(ip) && event.name == "bound"
         };
         attack.scene.agent.wait("the answer to the evil REQUEST", PATIENCE, bound)?;
         ensure!(attack.scene.agent.events().iter().all(|event| !event.name.starts_with("not an event")));
@@ -451,14 +448,16 @@ lab_test! {
             ensure!(!evil_in(&shown), "{args:?}: {shown:?}");
         }
         // The client-id is given back as it came.
-        attack.scene.speaks_and_dies(&mut attack.attacker, attack.attacker_ip)?;
-        let release = attack.scene.wait_release(attack.attacker_ip)?;
+        attack.scene.dies(&mut attack.attacker, ip)?;
+        let release = attack.scene.wait_release(ip)?;
         ensure!(release.option(61) == Some(&evil[..]), "{release:?}");
         attack.victim_dies_well()
     }
 
     fn absurd_times() {
         let scene = Scene::new(4, &[])?;
+        // Another server, which does not mind what is granted in its name.
+        scene.world.server.netns().ip("addr add 10.67.0.9/24 dev eth0")?;
         for (number, times, lasts) in [
             (7, [0, 0, 0], false),
             (8, [u32::MAX, 10, 20], true),
@@ -495,7 +494,7 @@ enum Evidence {
 /// A VM answers its victim's real REQUEST, in the server's name, with a third VM's address. Then
 /// the victim dies: the third must not lose what was never the victim's.
 fn third_party(evidence: Evidence) -> Result<()> {
-    let attack = Attack::new(&[])?;
+    let attack = Attack::new(&["--hold-down-silent", "1m", "--record-rate", "2", "--record-burst", "20"])?;
     let Attack {
         mut attacker,
         attacker_ip,
@@ -511,15 +510,16 @@ fn third_party(evidence: Evidence) -> Result<()> {
     victim.plug_in()?;
     agent.wait_port_event("port-up", "vm5", PATIENCE)?;
     let hand = scene.nic(&victim)?;
-    if evidence == Evidence::Spent {
-        for n in 0..200 {
-            nic.send(&Forged { xid: n, ..selecting(attacker.mac, attacker_ip) }.frame())?;
-        }
-        scene.wait_counter("kernel.rate_limited", 50)?;
-    }
     let at_victim = Capture::start(victim.netns(), "eth0")?;
     hand.send(&selecting(victim.mac, pool_ip(16)).with(|f| f.to_mac = attacker.mac).frame())?;
     agent.wait_event("requested", pool_ip(16), PATIENCE)?;
+    if evidence == Evidence::Spent {
+        // Records that mean nothing to anybody, until no more are taken.
+        for n in 0..200 {
+            let other = Ipv4Addr::new(10, 67, 0, 77).octets();
+            nic.send(&Forged::client(RELEASE, attacker.mac, n).option(54, &other).frame())?;
+        }
+    }
     let forged = Forged::server(ACK, (attacker.mac, SERVER_IP), victim.mac, XID, third_ip);
     nic.send(&forged.frame())?;
     at_victim.wait("the forged ACK", PATIENCE, |frame| {
@@ -541,7 +541,7 @@ fn third_party(evidence: Evidence) -> Result<()> {
 
 /// Two live VMs with one client-id: whichever dies, the other keeps its lease.
 fn cloned(kind: ServerKind) -> Result<()> {
-    let scene = Scene::of(kind, Place::Remote, 10, &[])?;
+    let scene = Scene::of(kind, Place::Remote, 10, &["--hold-down-silent", "1m"])?;
     let boot = |number: u8| -> Result<(Vm, Ipv4Addr)> {
         let mut vm = Vm::off(&scene.world.node, &format!("vm{number}"), vm_mac(number))?;
         vm.client_id = ClientId::Given(b"\0one image, many VMs".to_vec());

@@ -60,6 +60,9 @@ pub enum Doubt {
     RecordsLost(Time),
     /// Another port claimed its address or its MAC at this time.
     Conflict(Time),
+    /// The server gave it to one station while another one held it, as it does when both show one
+    /// client-id: whichever dies, the other may use it. Only a new lease is free of that.
+    Contested,
 }
 
 /// The search for a sign of life.

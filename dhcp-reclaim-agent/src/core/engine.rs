@@ -537,6 +537,26 @@ impl Engine {
         let renewed = previous.as_ref().is_some_and(|b| {
             b.acked && b.is_live() && b.port == message.port && b.chaddr == message.chaddr
         });
+        // A lease that two stations hold by the server's word stays in doubt with its new holder.
+        let contested = previous.as_ref().is_some_and(|b| {
+            b.is_live()
+                && (b.doubt == Some(Doubt::Contested)
+                    || (b.acked && b.state != State::Gone && b.chaddr != message.chaddr))
+        });
+        if let Some(previous) = previous.as_ref().filter(|b| b.is_live())
+            && previous.acked
+            && previous.chaddr == message.chaddr
+            && previous.port != message.port
+            && previous.lost().is_none()
+        {
+            // Whoever sends in a MAC's name is given its lease: that alone moves nothing.
+            self.in_conflict(
+                key,
+                format!("the server leased it to the same MAC on {port_name}"),
+                now,
+            );
+            return;
+        }
         if let Some(previous) = previous.filter(Binding::is_live)
             && (previous.port, previous.chaddr) != (message.port, message.chaddr)
         {
@@ -562,7 +582,11 @@ impl Engine {
             return;
         }
         self.remove(key);
-        let doubt = (transaction.ambiguous || message.ambiguous).then_some(Doubt::Ambiguous);
+        let doubt = match (contested, transaction.ambiguous || message.ambiguous) {
+            (true, _) => Some(Doubt::Contested),
+            (false, true) => Some(Doubt::Ambiguous),
+            (false, false) => None,
+        };
         self.insert(Binding {
             key,
             chaddr: message.chaddr,
@@ -653,6 +677,12 @@ impl Engine {
             return;
         };
         let (state, who) = if binding.chaddr == message.chaddr {
+            if binding.acked && binding.lost().is_none() {
+                // Anybody can ask in its name, and our record of its own question may be lost.
+                let reason = "the server leased it to its MAC beyond the uplink".to_owned();
+                self.in_conflict(key, reason, now);
+                return;
+            }
             (State::Moved, "its MAC".to_owned())
         } else {
             (State::Withdrawn, message.chaddr.to_string())
@@ -728,24 +758,34 @@ impl Engine {
                 self.restart_hold(key, now);
                 continue;
             }
+            let lost = binding.lost().is_some();
             let port = self.port_name(message.port);
-            if binding.lost().is_none() && binding.doubt.is_none() {
-                self.add("conflicts", 1);
-                self.tell(
-                    key,
-                    NoticeKind::Conflict,
-                    format!(
-                        "{} on {port} asks for it, or in its MAC's name",
-                        message.source_mac
-                    ),
-                    now,
-                );
-                if let Some(binding) = self.bindings.get_mut(&key) {
-                    binding.doubt = Some(Doubt::Conflict(now));
-                }
+            if lost {
+                self.restart_hold(key, now);
+                continue;
             }
-            self.restart_hold(key, now);
+            self.in_conflict(
+                key,
+                format!(
+                    "{} on {port} asks for it, or in its MAC's name",
+                    message.source_mac
+                ),
+                now,
+            );
         }
+    }
+
+    /// Somebody else has a say in a binding: it holds until its VM is heard by its own port.
+    fn in_conflict(&mut self, key: Key, reason: String, now: Time) {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        if binding.doubt.is_none() {
+            binding.doubt = Some(Doubt::Conflict(now));
+            self.add("conflicts", 1);
+            self.tell(key, NoticeKind::Conflict, reason, now);
+        }
+        self.restart_hold(key, now);
     }
 
     fn given_up(
@@ -799,6 +839,7 @@ impl Engine {
         for key in keys {
             if self.owned_by(key, port, mac)
                 && let Some(binding) = self.bindings.get_mut(&key)
+                && binding.doubt != Some(Doubt::Contested)
             {
                 binding.doubt = Some(Doubt::Ambiguous);
             }

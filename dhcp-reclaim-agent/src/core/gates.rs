@@ -136,6 +136,9 @@ impl Case<'_> {
                 return hold("records of its port were lost since it was seen");
             }
             Some(Doubt::Conflict(_)) => return hold("another port claims its address or its MAC"),
+            Some(Doubt::Contested) => {
+                return hold("the server leased it to two stations: the other one may live");
+            }
             None => {}
         }
         if binding.server.is_none() {
