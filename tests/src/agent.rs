@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::{
     clock::{Deadline, now},
     fixture::{BRIDGE, Mac, UPLINK},
+    netns::NetNs,
     process::Process,
     sandbox::{BPFFS, DIR, run},
     server::Place,
@@ -47,6 +48,8 @@ pub struct Setup {
     args: Vec<OsString>,
     control: PathBuf,
     name: String,
+    /// Of the node that it runs on, if that is not the sandbox's own.
+    netns: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -89,6 +92,7 @@ impl Setup {
             args: Vec::new(),
             control: Path::new(DIR).join("control.sock"),
             name: "agent".to_owned(),
+            netns: None,
         }
         .args(&["--bridge", BRIDGE, "--bpffs", BPFFS]);
         if place == Place::Remote {
@@ -126,6 +130,22 @@ impl Setup {
         self
     }
 
+    /// Another node's agent: its own namespace, BPF file system, socket and log.
+    pub fn on(mut self, netns: &NetNs, name: &str) -> Result<Self> {
+        let bpffs = Path::new(DIR).join(format!("{name}-bpf"));
+        std::fs::create_dir_all(&bpffs)?;
+        run(Command::new("/bin/mount")
+            .args(["-t", "bpf", "bpf"])
+            .arg(&bpffs))?;
+        for arg in &mut self.args {
+            if arg == BPFFS {
+                *arg = bpffs.clone().into();
+            }
+        }
+        self.netns = Some(netns.path());
+        Ok(self.named(name))
+    }
+
     /// Another socket and log, for a second agent.
     pub fn named(mut self, name: &str) -> Self {
         self.control = Path::new(DIR).join(format!("{name}.sock"));
@@ -134,7 +154,14 @@ impl Setup {
     }
 
     pub fn command(&self) -> Result<Command> {
-        let mut command = Command::new(binary()?);
+        let mut command = match &self.netns {
+            None => Command::new(binary()?),
+            Some(netns) => {
+                let mut command = Command::new("/usr/bin/nsenter");
+                command.arg(format!("--net={netns}")).arg(binary()?);
+                command
+            }
+        };
         command.arg("run").args(&self.args);
         command.arg("--control").arg(&self.control);
         Ok(command)

@@ -55,6 +55,13 @@ pub enum ClientId {
     Given(Vec<u8>),
 }
 
+/// What a migration does first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    OldPortFirst,
+    NewPortFirst,
+}
+
 pub struct Vm {
     /// For clients that are started from now on.
     pub client_id: ClientId,
@@ -248,6 +255,26 @@ impl Vm {
     /// Takes the port away and leaves the guest running without a link.
     pub fn unplug(&self) -> Result<()> {
         self.node.ip(&format!("link del {}", self.name))
+    }
+
+    /// Moves the running guest to another node: its memory and MAC stay, its port is another one.
+    pub fn migrate(&mut self, to: &Node, ip: Ipv4Addr, order: Order) -> Result<()> {
+        let from = std::mem::replace(&mut self.node, to.netns.try_clone()?);
+        if order == Order::OldPortFirst {
+            from.ip(&format!("link del {}", self.name))?;
+        } else {
+            self.netns.ip(&format!(
+                "addr flush dev {NIC}
+                 link set {NIC} name old0
+                 link set old0 arp off"
+            ))?;
+        }
+        self.plug_in()?;
+        self.configure(ip)?;
+        if order == Order::NewPortFirst {
+            from.ip(&format!("link del {}", self.name))?;
+        }
+        Ok(())
     }
 
     /// Gives the guest its address back after [`Vm::plug_in`]: its client still holds the lease.

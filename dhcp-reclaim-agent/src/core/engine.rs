@@ -24,6 +24,8 @@ const TRANSACTION: Duration = Duration::from_secs(120);
 const TRANSACTIONS_PER_PORT: usize = 64;
 /// How long a binding that ended is still shown.
 const RETENTION: Duration = Duration::from_secs(600);
+/// The same for what no server granted: a guest can ask for as many as it likes.
+const UNGRANTED: Duration = Duration::from_secs(10);
 /// A held binding is looked at again this often, if its gate cannot tell better.
 const HELD_AGAIN: Duration = Duration::from_secs(1);
 /// A RELEASE that could not be sent is tried again after this, times the failures so far.
@@ -1255,10 +1257,12 @@ impl Engine {
         if let Some(info) = self.ports.get_mut(&port) {
             info.bindings.remove(&key);
         }
+        let acked = binding.acked;
         if recovered {
             self.recover(key, now);
         }
-        self.schedule(key, now + RETENTION);
+        let retention = if acked { RETENTION } else { UNGRANTED };
+        self.schedule(key, now + retention);
     }
 
     fn recover(&mut self, key: Key, now: Time) {
