@@ -2,10 +2,12 @@
 pub mod agent;
 pub mod clock;
 pub mod fixture;
+pub mod forge;
 pub mod netns;
 pub mod node;
 pub mod process;
 pub mod sandbox;
+pub mod scene;
 pub mod server;
 pub mod vm;
 pub mod watch;

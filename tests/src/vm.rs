@@ -1,5 +1,6 @@
 //! A VM as the node sees it: a bridge port, and behind it a kernel that takes a lease.
 use std::{
+    fmt::Write as _,
     fs,
     net::{Ipv4Addr, UdpSocket},
     path::{Path, PathBuf},
@@ -44,7 +45,26 @@ pub enum KillKind {
     PortKept,
 }
 
+/// Option 61, as the client is to send it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClientId {
+    /// Whatever it sends by itself.
+    Default,
+    None,
+    /// Its type is the first byte.
+    Given(Vec<u8>),
+}
+
+/// What a migration does first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    OldPortFirst,
+    NewPortFirst,
+}
+
 pub struct Vm {
+    /// For clients that are started from now on.
+    pub client_id: ClientId,
     pub name: String,
     pub mac: Mac,
     /// When its link came into being, before its client could start.
@@ -73,6 +93,7 @@ impl Vm {
         }
         fs::create_dir_all(&dir)?;
         Ok(Self {
+            client_id: ClientId::Default,
             name: name.to_owned(),
             mac,
             linked_at: now(),
@@ -148,7 +169,7 @@ impl Vm {
             Client::Dhcpcd => process.signal(Signal::SIGALRM),
             Client::Dhclient => {
                 process.kill();
-                let mut command = dhclient(&self.netns, &self.dir)?;
+                let mut command = dhclient(&self.netns, &self.dir, &self.client_id)?;
                 run(command.args(["-r", NIC])).map(drop)
             }
         }
@@ -236,6 +257,26 @@ impl Vm {
         self.node.ip(&format!("link del {}", self.name))
     }
 
+    /// Moves the running guest to another node: its memory and MAC stay, its port is another one.
+    pub fn migrate(&mut self, to: &Node, ip: Ipv4Addr, order: Order) -> Result<()> {
+        let from = std::mem::replace(&mut self.node, to.netns.try_clone()?);
+        if order == Order::OldPortFirst {
+            from.ip(&format!("link del {}", self.name))?;
+        } else {
+            self.netns.ip(&format!(
+                "addr flush dev {NIC}
+                 link set {NIC} name old0
+                 link set old0 arp off"
+            ))?;
+        }
+        self.plug_in()?;
+        self.configure(ip)?;
+        if order == Order::NewPortFirst {
+            from.ip(&format!("link del {}", self.name))?;
+        }
+        Ok(())
+    }
+
     /// Gives the guest its address back after [`Vm::plug_in`]: its client still holds the lease.
     pub fn configure(&self, ip: Ipv4Addr) -> Result<()> {
         self.netns
@@ -264,6 +305,16 @@ impl Vm {
                 command.args(["-f", "-i", NIC, "-t", "20", "-T", "1", "-A", "1"]);
                 command.args(["-x", &format!("hostname:{}", self.name), "-s"]);
                 command.arg(&script);
+                match &self.client_id {
+                    ClientId::Default => {}
+                    ClientId::None => {
+                        command.arg("-C");
+                    }
+                    ClientId::Given(id) => {
+                        command.arg("-C");
+                        command.arg("-x").arg(format!("0x3d:{}", hex(id, "")));
+                    }
+                }
                 if client == Client::UdhcpcChecking {
                     command.arg("-a200");
                 }
@@ -271,7 +322,7 @@ impl Vm {
             }
             Client::Dhclient => {
                 let mut command = self.netns.command("/bin/sh");
-                let dhclient = dhclient(&self.netns, &self.dir)?;
+                let dhclient = dhclient(&self.netns, &self.dir, &self.client_id)?;
                 command.args(["-c", WHEN_LINKED, "sh"]);
                 command
                     .arg(dhclient.get_program())
@@ -285,7 +336,17 @@ impl Vm {
                 command.args(["/bin/sh", "-c", WHEN_LINKED, "sh"]);
                 command.arg(foreign("dhcpcd")?);
                 command.args(["-B", "-4", "-A", "--noipv6rs", "-f", "/dev/null", "-c"]);
-                command.arg(&script).arg(NIC);
+                command.arg(&script);
+                match &self.client_id {
+                    ClientId::Default => {}
+                    ClientId::None => {
+                        command.args(["-I", ""]);
+                    }
+                    ClientId::Given(id) => {
+                        command.arg("-I").arg(hex(id, ":"));
+                    }
+                }
+                command.arg(NIC);
                 command
             }
         };
@@ -302,9 +363,18 @@ impl Drop for Vm {
     }
 }
 
-fn dhclient(netns: &NetNs, dir: &Path) -> Result<std::process::Command> {
+fn hex(bytes: &[u8], separator: &str) -> String {
+    let digits: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    digits.join(separator)
+}
+
+fn dhclient(netns: &NetNs, dir: &Path, id: &ClientId) -> Result<std::process::Command> {
     let config = dir.join("dhclient.conf");
-    fs::write(&config, "timeout 10; retry 1; initial-interval 1;\n")?;
+    let mut text = "timeout 10; retry 1; initial-interval 1;\n".to_owned();
+    if let ClientId::Given(id) = id {
+        writeln!(text, "send dhcp-client-identifier {};", hex(id, ":"))?;
+    }
+    fs::write(&config, text)?;
     let mut command = netns.command(foreign("dhclient")?);
     command.args(["-4", "-v", "-cf"]).arg(&config);
     command.arg("-sf").arg(dir.join("script"));

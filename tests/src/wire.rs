@@ -64,6 +64,7 @@ pub struct Dhcp {
     pub to_mac: Mac,
     pub from_ip: Ipv4Addr,
     pub to_ip: Ipv4Addr,
+    pub xid: u32,
     pub ciaddr: Ipv4Addr,
     pub yiaddr: Ipv4Addr,
     pub chaddr: Mac,
@@ -71,10 +72,13 @@ pub struct Dhcp {
 }
 
 pub const DISCOVER: u8 = 1;
+pub const OFFER: u8 = 2;
 pub const REQUEST: u8 = 3;
 pub const DECLINE: u8 = 4;
+pub const ACK: u8 = 5;
 pub const NAK: u8 = 6;
 pub const RELEASE: u8 = 7;
+pub const INFORM: u8 = 8;
 
 impl Capture {
     /// Captures on `link` of `netns`; it runs once this returns.
@@ -167,6 +171,15 @@ impl Drop for Capture {
 }
 
 impl Frame {
+    /// A frame that was not captured.
+    pub fn of(bytes: Vec<u8>) -> Self {
+        Self {
+            at: now(),
+            outgoing: true,
+            bytes,
+        }
+    }
+
     pub fn from_mac(&self) -> Option<Mac> {
         Some(Mac(array(&self.bytes, 6)?))
     }
@@ -206,6 +219,7 @@ impl Frame {
             from_mac: Mac(array(bytes, 6)?),
             from_ip: Ipv4Addr::from(array::<4>(bytes, 26)?),
             to_ip: Ipv4Addr::from(array::<4>(bytes, 30)?),
+            xid: u32::from_be_bytes(array(bootp, 4)?),
             ciaddr: Ipv4Addr::from(array::<4>(bootp, 12)?),
             yiaddr: Ipv4Addr::from(array::<4>(bootp, 16)?),
             chaddr: Mac(array(bootp, 28)?),
@@ -248,7 +262,7 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 }
 
 /// Without a bind it hears every link of the namespace that it was made in.
-fn packet_socket() -> Result<OwnedFd> {
+pub(crate) fn packet_socket() -> Result<OwnedFd> {
     // SAFETY: takes and returns integers.
     let fd = unsafe {
         libc::socket(

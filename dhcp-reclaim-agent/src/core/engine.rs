@@ -24,6 +24,8 @@ const TRANSACTION: Duration = Duration::from_secs(120);
 const TRANSACTIONS_PER_PORT: usize = 64;
 /// How long a binding that ended is still shown.
 const RETENTION: Duration = Duration::from_secs(600);
+/// The same for what no server granted: a guest can ask for as many as it likes.
+const UNGRANTED: Duration = Duration::from_secs(10);
 /// A held binding is looked at again this often, if its gate cannot tell better.
 const HELD_AGAIN: Duration = Duration::from_secs(1);
 /// A RELEASE that could not be sent is tried again after this, times the failures so far.
@@ -551,22 +553,21 @@ impl Engine {
         let renewed = previous.as_ref().is_some_and(|b| {
             b.acked && b.is_live() && b.port == message.port && b.chaddr == message.chaddr
         });
-        let contested = previous.as_ref().is_some_and(|b| {
-            b.is_live()
-                && b.acked
-                && b.chaddr == message.chaddr
-                && b.port != message.port
-                && b.lost().is_none()
-        });
-        if contested {
-            // Its owner's port is up, so this may be a neighbour who borrows the MAC, and whose
-            // port's end would then be taken for the owner's. A binding follows a VM to a new port
-            // only when the old one is gone.
+        if let Some(previous) = previous.as_ref().filter(|b| b.is_live())
+            && previous.acked
+            && previous.chaddr == message.chaddr
+            && previous.port != message.port
+            && previous.lost().is_none()
+        {
+            // Its owner's port is up, so this may be a neighbour who borrows the MAC and is given
+            // its lease, and whose port's end would then be taken for the owner's. A binding
+            // follows a VM to a new port only when the old one is gone.
             self.add("acks_contested", 1);
+            let reason = format!("the server leased it to the same MAC on {port_name}");
             if let Some(binding) = self.bindings.get_mut(&key) {
-                binding.doubt = Some(Doubt::Conflict(now));
                 binding.expires = expires;
             }
+            self.in_conflict(key, reason, now);
             return;
         }
         let shared = previous.as_ref().is_some_and(|b| {
@@ -700,6 +701,12 @@ impl Engine {
             return;
         }
         let (state, who) = if binding.chaddr == message.chaddr {
+            if binding.acked && binding.lost().is_none() {
+                // Anybody can ask in its name, and our record of its own question may be lost.
+                let reason = "the server leased it to its MAC beyond the uplink".to_owned();
+                self.in_conflict(key, reason, now);
+                return;
+            }
             (State::Moved, "its MAC".to_owned())
         } else {
             (State::Withdrawn, message.chaddr.to_string())
@@ -780,27 +787,37 @@ impl Engine {
                 && message.chaddr != binding.chaddr
                 && message.client_id.is_some()
                 && message.client_id == binding.client_id;
+            let lost = binding.lost().is_some();
             let port = self.port_name(message.port);
-            if binding.lost().is_none() && binding.doubt.is_none() {
-                self.add("conflicts", 1);
-                self.tell(
-                    key,
-                    NoticeKind::Conflict,
-                    format!(
-                        "{} on {port} asks for it, or in its MAC's name",
-                        message.source_mac
-                    ),
-                    now,
-                );
-                if let Some(binding) = self.bindings.get_mut(&key) {
-                    binding.doubt = Some(Doubt::Conflict(now));
-                }
-            }
             if clone && let Some(binding) = self.bindings.get_mut(&key) {
                 binding.shared = true;
             }
-            self.restart_hold(key, now);
+            if lost {
+                self.restart_hold(key, now);
+                continue;
+            }
+            self.in_conflict(
+                key,
+                format!(
+                    "{} on {port} asks for it, or in its MAC's name",
+                    message.source_mac
+                ),
+                now,
+            );
         }
+    }
+
+    /// Somebody else has a say in a binding: it holds until its VM is heard by its own port.
+    fn in_conflict(&mut self, key: Key, reason: String, now: Time) {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        if binding.doubt.is_none() {
+            binding.doubt = Some(Doubt::Conflict(now));
+            self.add("conflicts", 1);
+            self.tell(key, NoticeKind::Conflict, reason, now);
+        }
+        self.restart_hold(key, now);
     }
 
     fn given_up(
@@ -1284,10 +1301,12 @@ impl Engine {
         if let Some(info) = self.ports.get_mut(&port) {
             info.bindings.remove(&key);
         }
+        let acked = binding.acked;
         if recovered {
             self.recover(key, now);
         }
-        self.schedule(key, now + RETENTION);
+        let retention = if acked { RETENTION } else { UNGRANTED };
+        self.schedule(key, now + retention);
     }
 
     fn recover(&mut self, key: Key, now: Time) {
