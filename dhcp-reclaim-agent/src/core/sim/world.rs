@@ -1914,6 +1914,15 @@ impl World {
         let home = self.vms[vm].node;
         let target = (home + 1) % self.nodes.len();
         let Some(old) = self.vms[vm].port else { return };
+        let twins = self
+            .vms
+            .iter()
+            .filter(|it| it.client_id.is_some() && it.client_id == self.vms[vm].client_id)
+            .count();
+        // A clone's lease is not told to the node that it moves to.
+        if twins > 1 {
+            return;
+        }
         if target == home || !self.vms[vm].answers_arp || self.asleep(target) {
             return;
         }
