@@ -6,10 +6,6 @@ use std::time::Duration;
 pub struct Rng(u64);
 
 impl Rng {
-    pub const fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
     /// A stream of its own for each `index`: leaving one out changes no other.
     pub fn of(seed: u64, index: u64) -> Self {
         let mut rng = Self(seed ^ index.wrapping_mul(0xd134_2543_de82_ef95));

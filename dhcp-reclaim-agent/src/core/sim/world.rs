@@ -28,6 +28,8 @@ const LEASE_SLACK: Duration = Duration::from_secs(5);
 const CALM: Duration = Duration::from_secs(40);
 
 pub type VmId = usize;
+/// When, about which address, about which VM, and what.
+type Line = (Time, Option<Ipv4Addr>, Option<VmId>, String);
 
 fn address(n: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 0, 0, n)
@@ -214,7 +216,6 @@ struct Node {
 #[derive(Clone, Debug)]
 struct Lease {
     owner: Vec<u8>,
-    chaddr: MacAddr,
     until: Time,
 }
 
@@ -290,7 +291,7 @@ pub struct World {
     pub stats: Stats,
     /// A hash over all that was done: the same seed has the same.
     pub trace: u64,
-    story: Option<Vec<(Time, Option<Ipv4Addr>, Option<VmId>, String)>>,
+    story: Option<Vec<Line>>,
     violation: Option<Violation>,
 }
 
@@ -1047,10 +1048,10 @@ impl World {
             return Err("the node's start, or a change of its links, is too recent".to_owned());
         }
         if let Some(lost) = state.lost_told.get(&binding.port)
-            && !state
+            && state
                 .last_frame
                 .get(&Source::Ip(release.ip))
-                .is_some_and(|(at, _)| at > lost)
+                .is_none_or(|(at, _)| at <= lost)
             && fact_ip.is_none_or(|fact| fact.at < *lost)
         {
             return Err("records of its port were lost since its address was seen".to_owned());
@@ -1359,12 +1360,12 @@ impl World {
         }
         self.record(node, message);
         if self.open(node) {
-            let at = self.to_server(node);
+            let at = self.reach_server(node);
             self.at_time(at, Ev::ServerHears(question));
         }
     }
 
-    fn to_server(&mut self, node: usize) -> Time {
+    fn reach_server(&mut self, node: usize) -> Time {
         let delay = self.rng.micros(1000, 5000);
         let at = (self.now + delay).max(self.nodes[node].sent_until);
         self.nodes[node].sent_until = at;
@@ -1446,7 +1447,6 @@ impl World {
                 question.ip,
                 Lease {
                     owner,
-                    chaddr: question.chaddr,
                     until: now + lease,
                 },
             );
@@ -1914,6 +1914,15 @@ impl World {
         let home = self.vms[vm].node;
         let target = (home + 1) % self.nodes.len();
         let Some(old) = self.vms[vm].port else { return };
+        let twins = self
+            .vms
+            .iter()
+            .filter(|it| it.client_id.is_some() && it.client_id == self.vms[vm].client_id)
+            .count();
+        // A clone's lease is not told to the node that it moves to.
+        if twins > 1 {
+            return;
+        }
         if target == home || !self.vms[vm].answers_arp || self.asleep(target) {
             return;
         }
@@ -1965,7 +1974,7 @@ impl World {
         };
         self.sight(node, port, mac, Some(ip));
         self.record(node, message);
-        let at = self.to_server(node);
+        let at = self.reach_server(node);
         self.at_time(at, Ev::GuestRelease(vm, ip));
         let it = &mut self.vms[vm];
         it.ip = None;
