@@ -564,9 +564,7 @@ impl Engine {
             // follows a VM to a new port only when the old one is gone.
             self.add("acks_contested", 1);
             let reason = format!("the server leased it to the same MAC on {port_name}");
-            if let Some(binding) = self.bindings.get_mut(&key) {
-                binding.expires = expires;
-            }
+            self.sooner(key, expires);
             self.in_conflict(key, reason, now);
             return;
         }
@@ -703,6 +701,10 @@ impl Engine {
         let (state, who) = if binding.chaddr == message.chaddr {
             if binding.acked && binding.lost().is_none() {
                 // Anybody can ask in its name, and our record of its own question may be lost.
+                let expires = message
+                    .lease_secs
+                    .and_then(|secs| lease_end(message.seen_at, secs));
+                self.sooner(key, expires);
                 let reason = "the server leased it to its MAC beyond the uplink".to_owned();
                 self.in_conflict(key, reason, now);
                 return;
@@ -804,6 +806,14 @@ impl Engine {
                 ),
                 now,
             );
+        }
+    }
+
+    /// The server may have changed the lease's end for somebody in the VM's name: what ends first
+    /// counts.
+    fn sooner(&mut self, key: Key, expires: Option<Time>) {
+        if let Some(binding) = self.bindings.get_mut(&key) {
+            binding.expires = binding.expires.into_iter().chain(expires).min();
         }
     }
 
