@@ -22,6 +22,12 @@ pub fn wall() -> jiff::Timestamp {
     jiff::Timestamp::now()
 }
 
+/// Tells one boot from another (random(4)): monotonic times of different boots do not compare.
+pub fn boot_id() -> std::io::Result<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Ok(id.trim().to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,6 +21,7 @@ use crate::{
 };
 
 pub const DEFAULT_CONTROL: &str = "/run/dhcp-reclaim/control.sock";
+const DEFAULT_STATE: &str = "/var/lib/dhcp-reclaim";
 const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
 /// How the agent behaves; every value is within its bounds.
@@ -34,6 +35,10 @@ pub struct Settings {
     pub commit: Commit,
     pub bpffs: PathBuf,
     pub control: PathBuf,
+    /// Folder of the agent's own memory.
+    pub state: PathBuf,
+    /// A stop takes the kernel half along; else it listens on for the next agent.
+    pub detach_on_exit: bool,
     pub dry_run: bool,
 
     /// Without a frame for this long, an address is probed.
@@ -76,6 +81,8 @@ impl Default for Settings {
             commit: Commit::Ack,
             bpffs: PathBuf::from(DEFAULT_BPFFS),
             control: PathBuf::from(DEFAULT_CONTROL),
+            state: PathBuf::from(DEFAULT_STATE),
+            detach_on_exit: false,
             dry_run: false,
             silence: Duration::from_secs(30),
             probe_interval: Duration::from_secs(10),
@@ -163,6 +170,15 @@ pub struct Options {
     /// Socket for list, explain, events and stats [default: /run/dhcp-reclaim/control.sock]
     #[arg(long, value_name = "PATH", env = "DHCP_RECLAIM_CONTROL")]
     pub control: Option<PathBuf>,
+    /// Folder for what must outlive the agent: leases and the audit trail
+    /// [default: /var/lib/dhcp-reclaim]
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Leave nothing in the kernel when the agent stops; else the programs go on listening, so that
+    /// a restart or an upgrade misses nothing [default: false]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(value_name = "BOOL", hide_possible_values = true)]
+    pub detach_on_exit: Option<bool>,
     /// Do everything except send a RELEASE, and say what would have been sent
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(value_name = "BOOL", hide_possible_values = true)]
@@ -223,7 +239,7 @@ pub struct Options {
 }
 
 /// All keys of a file, as in [`Options`].
-const KEYS: [&str; 25] = [
+const KEYS: [&str; 27] = [
     "bridge",
     "port",
     "uplink",
@@ -231,6 +247,8 @@ const KEYS: [&str; 25] = [
     "commit",
     "bpffs",
     "control",
+    "state",
+    "detach-on-exit",
     "dry-run",
     "silence",
     "probe-interval",
@@ -382,6 +400,8 @@ impl Settings {
             commit: pick!(commit),
             bpffs: pick!(bpffs),
             control: pick!(control),
+            state: pick!(state),
+            detach_on_exit: pick!(detach_on_exit),
             dry_run: pick!(dry_run),
             silence: span!(silence),
             probe_interval: span!(probe_interval),
@@ -500,7 +520,11 @@ impl Settings {
                 return Some((key, "zero".to_owned(), "give 1 or more"));
             }
         }
-        for (key, path) in [("bpffs", &self.bpffs), ("control", &self.control)] {
+        for (key, path) in [
+            ("bpffs", &self.bpffs),
+            ("control", &self.control),
+            ("state", &self.state),
+        ] {
             if !path.is_absolute() {
                 let problem = format!("`{}` is not an absolute path", path.display());
                 return Some((key, problem, "start it with `/`"));
@@ -535,6 +559,7 @@ impl<'a> File<'a> {
             "bridge" => !flags.bridge.is_empty(),
             "bpffs" => flags.bpffs.is_some(),
             "control" => flags.control.is_some(),
+            "state" => flags.state.is_some(),
             "silence" => flags.silence.is_some(),
             "probe-interval" => flags.probe_interval.is_some(),
             "misses" => flags.misses.is_some(),
@@ -739,6 +764,8 @@ mod tests {
             commit = "request"
             bpffs = "/bpf"
             control = "/tmp/c.sock"
+            state = "/tmp/state"
+            detach-on-exit = true
             dry-run = true
             silence = "20s"
             probe-interval = "500ms"
@@ -767,6 +794,8 @@ mod tests {
             commit: Commit::Request,
             bpffs: "/bpf".into(),
             control: "/tmp/c.sock".into(),
+            state: "/tmp/state".into(),
+            detach_on_exit: true,
             dry_run: true,
             silence: Duration::from_secs(20),
             probe_interval: Duration::from_millis(500),

@@ -11,3 +11,4 @@ pub mod emit;
 pub mod kernel;
 pub mod packet;
 pub mod ports;
+pub mod store;

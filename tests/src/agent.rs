@@ -30,6 +30,9 @@ use crate::{
 /// Where `cargo xtask` says that the agent is.
 pub const BIN: &str = "DHCP_RECLAIM_BIN";
 
+/// Where the agent of a sandbox keeps its memory.
+pub const STATE: &str = "/run/lab/state";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     Tc,
@@ -47,6 +50,7 @@ pub struct Agent {
 pub struct Setup {
     args: Vec<OsString>,
     control: PathBuf,
+    state: PathBuf,
     name: String,
     /// Of the node that it runs on, if that is not the sandbox's own.
     netns: Option<String>,
@@ -91,6 +95,7 @@ impl Setup {
         let mut setup = Self {
             args: Vec::new(),
             control: Path::new(DIR).join("control.sock"),
+            state: STATE.into(),
             name: "agent".to_owned(),
             netns: None,
         }
@@ -146,10 +151,17 @@ impl Setup {
         Ok(self.named(name))
     }
 
-    /// Another socket and log, for a second agent.
+    /// Another socket, memory and log, for a second agent.
     pub fn named(mut self, name: &str) -> Self {
         self.control = Path::new(DIR).join(format!("{name}.sock"));
+        self.state = Path::new(DIR).join(format!("{name}.state"));
         name.clone_into(&mut self.name);
+        self
+    }
+
+    /// Another socket, and nothing else.
+    pub fn control(mut self, path: &str) -> Self {
+        self.control = path.into();
         self
     }
 
@@ -164,6 +176,7 @@ impl Setup {
         };
         command.arg("run").args(&self.args);
         command.arg("--control").arg(&self.control);
+        command.arg("--state").arg(&self.state);
         Ok(command)
     }
 
@@ -384,6 +397,11 @@ impl Agent {
 
     pub fn control(&self) -> &Path {
         &self.control
+    }
+
+    /// SIGKILL: what a crash looks like to everybody else.
+    pub fn kill(mut self) {
+        self.process.kill();
     }
 
     /// SIGTERM, and waits for a clean end.

@@ -8,12 +8,15 @@ use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use dhcp_reclaim_agent::{
     core::{MacAddr, Port, Role},
     emit::{PacketSocket, PrivateLink},
-    kernel::{AttachedHook, Hook, Kernel, KernelError, LoadOptions, message, watch_ip, watch_mac},
+    kernel::{
+        AttachedHook, Hook, Kernel, KernelError, LoadOptions, RecordRing, message, watch_ip,
+        watch_mac,
+    },
 };
 use dhcp_reclaim_ebpf::{
     abi::{
-        DIRECTION_FROM_PORT, DIRECTION_TO_PORT, EMIT_EGRESS, EMIT_INGRESS, EmitOrder, ROLE_VM,
-        Record, VERDICT_NONE, VERDICT_SENT, VERDICT_UNWATCHED, VERDICT_VETOED,
+        ABI_VERSION, DIRECTION_FROM_PORT, DIRECTION_TO_PORT, EMIT_EGRESS, EMIT_INGRESS, EmitOrder,
+        ROLE_VM, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_UNWATCHED, VERDICT_VETOED,
     },
     wire::{
         ACK, Interest, Outcome, RELEASE, REQUEST, Tag, classify_frame, interest,
@@ -463,6 +466,96 @@ fn pins_outlive_the_agent() {
             ..options(Hook::Tc)
         })
         .unwrap();
+    });
+}
+
+/// An agent with another layout of its maps starts from nothing, and its predecessor's programs are
+/// off the ports before its own are on.
+#[test]
+fn pins_of_another_version_are_replaced() {
+    alone(|| {
+        let (vm, guest) = vm_port();
+        let socket = PacketSocket::open().unwrap();
+        let runtime = runtime();
+        let mut old = load(Hook::Tc);
+        old.watch(&vm, 0, 0).unwrap();
+        drop(old);
+        let LoadOptions { bpffs, .. } = options(Hook::Tc);
+        let top = bpffs.join("dhcp-reclaim");
+        let current = top.join(format!("v{ABI_VERSION}"));
+        let other = top.join(format!("v{}", ABI_VERSION + 1));
+        std::fs::rename(&current, &other).unwrap();
+        socket
+            .send_on(guest, &Builder::selecting().build())
+            .unwrap();
+        settle();
+
+        let mut new = load(Hook::Tc);
+        assert!(!other.exists() && current.exists());
+        let mut ring = runtime.block_on(async { new.ring() }).unwrap();
+        assert_eq!(ring.take_now(), [], "the other's records are not ours");
+        assert_eq!(new.port_slot(vm.ifindex), None);
+        let sees = |ring: &mut RecordRing| {
+            socket
+                .send_on(guest, &Builder::selecting().build())
+                .unwrap();
+            settle();
+            ring.take_now().len()
+        };
+        assert_eq!(sees(&mut ring), 0, "nobody listens any more");
+        assert_eq!(new.watch(&vm, 0, 0).unwrap(), AttachedHook::Tcx);
+        assert_eq!(sees(&mut ring), 1);
+        new.unpin_all().unwrap();
+        assert!(!top.exists());
+    });
+}
+
+/// A record stays in the ring until it is consumed, and then it is not read again.
+#[test]
+fn a_record_that_was_not_consumed_is_read_again() {
+    alone(|| {
+        let (vm, guest) = vm_port();
+        let socket = PacketSocket::open().unwrap();
+        let runtime = runtime();
+        let frame = Builder::selecting().build();
+        let at = frame.windows(4).position(|bytes| bytes == vectors::XID);
+        let at = at.unwrap();
+        let send = |xid: u32| {
+            let mut frame = frame.clone();
+            frame[at..at + 4].copy_from_slice(&xid.to_be_bytes());
+            // Without a checksum (RFC 768): 14 of Ethernet, 20 of IP, 6 into UDP.
+            frame[40..42].fill(0);
+            socket.send_on(guest, &frame).unwrap();
+        };
+        let mut first = load(Hook::Tc);
+        let mut ring = runtime.block_on(async { first.ring() }).unwrap();
+        first.watch(&vm, 0, 0).unwrap();
+        for xid in 1..=3 {
+            send(xid);
+        }
+        settle();
+        let xid = |record: Record| u32::from_be_bytes(record.xid);
+        assert_eq!(ring.read().map(xid), Some(1));
+        ring.consume();
+        assert_eq!(ring.read().map(xid), Some(2));
+        // Killed here.
+        drop((first, ring));
+        let mut second = load(Hook::Tc);
+        let mut ring = runtime.block_on(async { second.ring() }).unwrap();
+        send(4);
+        settle();
+        let rest: Vec<_> = ring.take_now().into_iter().map(xid).collect();
+        assert_eq!(rest, [2, 3, 4]);
+        // Round and round: the ring is smaller than what goes through it, and each is read once.
+        for round in 0..200_u32 {
+            for n in 0..10 {
+                send(round * 10 + n);
+            }
+            let heard = records(&runtime, &mut ring, 10).into_iter().map(xid);
+            let sent: Vec<_> = (round * 10..round * 10 + 10).collect();
+            assert_eq!(heard.collect::<Vec<_>>(), sent);
+        }
+        second.unpin_all().unwrap();
     });
 }
 

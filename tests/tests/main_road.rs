@@ -459,7 +459,7 @@ lab_test! {
     }
 
     fn nothing_is_left_of_an_agent() {
-        let (_world, agent, _wire, _vm, _ip) = one_vm(&[])?;
+        let (_world, agent, _wire, _vm, _ip) = one_vm(&["--detach-on-exit"])?;
         let links = || -> Result<String> { NetNs::current()?.shell("ls /sys/class/net") };
         ensure!(attached("vm1")? == 2, "{} programs at vm1", attached("vm1")?);
         ensure!(links()?.contains("dreclaim"), "no private link: {}", links()?);

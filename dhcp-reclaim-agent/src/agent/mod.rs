@@ -2,6 +2,7 @@
 
 mod armed;
 mod epochs;
+mod memory;
 mod segments;
 mod view;
 
@@ -13,6 +14,7 @@ use anyhow::Context as _;
 use dhcp_reclaim_ebpf::abi::{
     EMIT_EGRESS, EMIT_INGRESS, EmitOrder, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_VETOED,
 };
+use futures::FutureExt as _;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -24,6 +26,7 @@ use tracing::{debug, error, info, trace, warn};
 use self::{
     armed::{Armed, Scope},
     epochs::Epochs,
+    memory::Memory,
     segments::Segments,
     view::Clocks,
 };
@@ -36,9 +39,10 @@ use crate::{
         Probe, ProbeVia, Release, ReleaseOutcome, Role, Time,
     },
     emit::{PacketSocket, PrivateLink},
-    kernel::{self, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
+    kernel::{self, BATCH, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
     packet::{arp, release::release_frame},
     ports::{PortEvent, PortWatcher, local_addresses},
+    store::Store,
 };
 
 /// The coarse tier's clock, at its slowest: how finely "heard lately" is known.
@@ -63,6 +67,7 @@ struct Agent {
     ring: RecordRing,
     requests: mpsc::Receiver<ControlRequest>,
     control: Arc<ControlStats>,
+    memory: Memory,
     ports: PortWatcher,
     link: PrivateLink,
     socket: PacketSocket,
@@ -92,12 +97,16 @@ struct Counters {
     controls_failed: u64,
     watch_failures: u64,
     arm_failures: u64,
+    store_failures: u64,
+    commits: u64,
 }
 
 impl Agent {
     async fn start(settings: Settings) -> anyhow::Result<Self> {
         // First, since it is what tells two agents apart.
         let server = ControlServer::bind(&settings.control)?;
+        let boot = clock::boot_id().context("cannot read the boot's id")?;
+        let (store, remembered) = Store::open(&settings.state, clock::wall())?;
         let kernel_debug = tracing::enabled!(tracing::Level::DEBUG);
         let mut kernel = Kernel::load(&LoadOptions {
             bpffs: settings.bpffs.clone(),
@@ -133,6 +142,7 @@ impl Agent {
             ring,
             requests,
             control,
+            memory: Memory::new(store, boot),
             started_at: clock::wall(),
             ports,
             link,
@@ -147,9 +157,13 @@ impl Agent {
             settings,
         };
         agent.next_epoch();
+        for row in &remembered.ports {
+            agent.memory.knew_port(row);
+        }
         for event in present {
             agent.port_event(event).await;
         }
+        agent.remember(remembered).await;
         let stale = agent.kernel.forget_unwatched()?;
         if !stale.is_empty() {
             info!(
@@ -189,11 +203,10 @@ impl Agent {
                 biased;
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                event = self.ports.next() => self.port_event(event?).await,
-                records = self.ring.next_batch() => {
-                    for record in records? {
-                        self.record(&record).await;
-                    }
+                event = self.ports.next() => self.port_events(event?).await?,
+                ready = self.ring.ready() => {
+                    ready?;
+                    self.read_batch().await;
                 }
                 () = sleep(wait) => {
                     self.drain().await;
@@ -203,9 +216,21 @@ impl Agent {
                 Some(request) = self.requests.recv() => self.answer(request),
                 _ = tick.tick() => self.tick().await,
             }
+            self.commit();
         }
         info!("stopping");
-        self.kernel.unpin_all()?;
+        self.commit();
+        if self.settings.detach_on_exit {
+            self.kernel.unpin_all()?;
+            return Ok(());
+        }
+        // What is left goes on listening for the next agent, and nobody looks closer until then.
+        for port in self.watched.keys() {
+            self.kernel.set_exact(*port, false);
+        }
+        for key in self.kernel.armed()? {
+            self.kernel.disarm(&key)?;
+        }
         Ok(())
     }
 
@@ -240,21 +265,41 @@ impl Agent {
             Err(error) => {
                 self.counters.malformed_records += 1;
                 debug!(%error, ifindex = record.ifindex, "record refused");
+                // What could not be read may have mattered.
+                let port = record.ifindex;
+                self.tell(Event::RecordsLost { port, count: 1 }).await;
             }
         }
     }
 
+    /// Reads at most a batch of records; their places in the ring are theirs until the commit.
+    async fn read_batch(&mut self) -> bool {
+        for _ in 0..BATCH {
+            let Some(record) = self.ring.read() else {
+                return false;
+            };
+            Box::pin(self.record(&record)).await;
+        }
+        true
+    }
+
     /// Whatever the kernel half has seen by now is heard before anything is decided.
     async fn drain(&mut self) {
-        loop {
-            let records = self.ring.take_now();
-            if records.is_empty() {
-                return;
-            }
-            for record in records {
-                Box::pin(self.record(&record)).await;
-            }
+        while self.read_batch().await {
+            self.commit();
         }
+    }
+
+    /// All that are there, so that a host that starts many VMs waits for one commit, not for many.
+    async fn port_events(&mut self, first: PortEvent) -> anyhow::Result<()> {
+        self.port_event(first).await;
+        for _ in 1..BATCH {
+            let Some(event) = self.ports.next().now_or_never() else {
+                break;
+            };
+            self.port_event(event?).await;
+        }
+        Ok(())
     }
 
     async fn port_event(&mut self, event: PortEvent) {
@@ -298,7 +343,13 @@ impl Agent {
             }
         }
         let ifindex = port.ifindex;
-        let lost = self.kernel.port_lost(ifindex).unwrap_or(0);
+        // A slot that was the port's already may have lost records that nobody heard of; a new one
+        // counts from zero.
+        let total = self.kernel.port_lost(ifindex).unwrap_or(0);
+        let lost = match self.watched.get(&ifindex) {
+            Some(watched) => watched.lost,
+            None => self.memory.port_lost(ifindex, &port.name).min(total),
+        };
         self.watched.insert(
             ifindex,
             Watched {
@@ -306,6 +357,7 @@ impl Agent {
                 lost,
             },
         );
+        self.memory.port(ifindex);
         self.apply_exact(ifindex);
         self.tell(Event::PortUp(port)).await;
     }
@@ -319,6 +371,7 @@ impl Agent {
             PortLoss::Deleted | PortLoss::Detached => {
                 self.kernel.unwatch(ifindex);
                 self.watched.remove(&ifindex);
+                self.memory.port(ifindex);
             }
         }
         self.tell(Event::PortDown {
@@ -341,6 +394,7 @@ impl Agent {
         };
         let lost = total.wrapping_sub(watched.lost);
         watched.lost = total;
+        self.memory.port(ifindex);
         Box::pin(self.tell(Event::RecordsLost {
             port: ifindex,
             count: lost,
@@ -351,6 +405,29 @@ impl Agent {
     // ---- what is to be done ------------------------------------------------------------------
 
     async fn carry_out(&mut self) {
+        loop {
+            self.carry_out_all().await;
+            let intents = self.memory.take_intents();
+            if intents.is_empty() {
+                return;
+            }
+            // Before the first of the frames, so that no crash makes one leave twice.
+            let committed = self.commit();
+            for intent in intents {
+                let outcome = if committed {
+                    self.release(&intent.release, intent.xid).await
+                } else {
+                    ReleaseOutcome::Failed
+                };
+                let key = intent.key;
+                self.memory.settle(intent, outcome);
+                self.engine
+                    .handle(Event::Released { key, outcome }, clock::monotonic());
+            }
+        }
+    }
+
+    async fn carry_out_all(&mut self) {
         while let Some(action) = self.engine.poll_action() {
             let answer = match action {
                 Action::Arm {
@@ -385,8 +462,16 @@ impl Agent {
                     continue;
                 }
                 Action::Release { key, release } => {
-                    let outcome = self.release(&release).await;
-                    Event::Released { key, outcome }
+                    self.intend(key, release);
+                    continue;
+                }
+                Action::Save { key } => {
+                    self.memory.binding(key);
+                    continue;
+                }
+                Action::SaveTransaction { id } => {
+                    self.memory.transaction(id);
+                    continue;
                 }
                 Action::Notify(notice) => {
                     self.notify(notice);
@@ -512,7 +597,7 @@ impl Agent {
         }
     }
 
-    async fn release(&mut self, release: &Release) -> ReleaseOutcome {
+    async fn release(&mut self, release: &Release, xid: u32) -> ReleaseOutcome {
         if self.settings.dry_run {
             return ReleaseOutcome::DryRun;
         }
@@ -531,9 +616,6 @@ impl Agent {
             EMIT_INGRESS
         } else {
             EMIT_EGRESS
-        };
-        let Some(xid) = draw_xid() else {
-            return ReleaseOutcome::Failed;
         };
         let order = EmitOrder {
             silent_since_ns: release.silent_since.as_nanos(),
@@ -664,6 +746,8 @@ impl Agent {
             controls_failed,
             watch_failures,
             arm_failures,
+            store_failures,
+            commits,
         } = self.counters;
         let agent = [
             ("malformed_records", malformed_records),
@@ -671,6 +755,8 @@ impl Agent {
             ("controls_failed", controls_failed),
             ("watch_failures", watch_failures),
             ("arm_failures", arm_failures),
+            ("store_failures", store_failures),
+            ("commits", commits),
             ("link_resyncs", self.ports.resyncs()),
             ("link_messages_malformed", self.ports.malformed()),
             (

@@ -2,6 +2,8 @@
 
 use std::{net::Ipv4Addr, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     gates::Gate,
     types::{
@@ -117,7 +119,7 @@ pub fn lease_end(granted: Time, secs: u32) -> Option<Time> {
 }
 
 /// What a client asks for (RFC 2131 section 4.3.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ask {
     Selecting {
         ip: Ipv4Addr,

@@ -1,5 +1,7 @@
 //! The machine: what happened and what time it is go in, what is to be done comes out.
 
+mod memory;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     net::Ipv4Addr,
@@ -14,9 +16,11 @@ use super::{
     types::{
         Action, Event, Evidence, IfIndex, Key, MacAddr, Message, MessageType, Notice, NoticeKind,
         Port, PortLoss, Probe, ProbeVia, Release, ReleaseOutcome, Role, SegmentId, State, Time,
-        Vlan,
+        TransactionId, Vlan,
     },
 };
+
+pub use self::memory::{Saved, SavedTransaction};
 
 /// An answer later than this answers nothing (FACTS: bind only an ACK within two minutes).
 const TRANSACTION: Duration = Duration::from_secs(120);
@@ -218,9 +222,13 @@ impl Engine {
             return;
         };
         let moved_from = (info.port.segment != port.segment).then_some(info.port.segment);
+        let renamed = info.port.name != port.name;
         info.port = port;
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
         for key in keys {
+            if renamed {
+                self.save(key);
+            }
             if moved_from.is_some() {
                 // Its lease belongs to the segment that it was taken on.
                 self.end(
@@ -320,7 +328,11 @@ impl Engine {
         );
         for key in keys {
             if let Some(binding) = self.bindings.get_mut(&key) {
-                binding.doubt = Some(binding.doubt.unwrap_or(Doubt::RecordsLost(now)));
+                // Only an ACK that is clear ends an ambiguity, so that one stays.
+                if binding.doubt != Some(Doubt::Ambiguous) {
+                    binding.doubt = Some(Doubt::RecordsLost(now));
+                }
+                self.save(key);
             }
         }
     }
@@ -424,6 +436,7 @@ impl Engine {
                     binding.server = ask.server().or(binding.server);
                     binding.client_id.clone_from(&message.client_id);
                 }
+                self.save(key);
             }
             return;
         }
@@ -726,8 +739,10 @@ impl Engine {
         // The same frame goes on to its victim's port: what it answers is not believed.
         let any = MacAddr::BROADCAST;
         let same_xid = (message.xid, MacAddr::default(), 0)..=(message.xid, any, IfIndex::MAX);
-        for (_, transaction) in self.transactions.range_mut(same_xid) {
+        for (&(xid, chaddr, port), transaction) in self.transactions.range_mut(same_xid) {
             transaction.poisoned = true;
+            let id = TransactionId { port, xid, chaddr };
+            self.actions.push_back(Action::SaveTransaction { id });
         }
         let Some(info) = self.ports.get_mut(&message.port) else {
             return;
@@ -822,10 +837,15 @@ impl Engine {
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
+        if let Some(Doubt::RecordsLost(since)) = &mut binding.doubt {
+            // The stronger doubt takes this one in.
+            *since = now;
+        }
         if binding.doubt.is_none() {
             binding.doubt = Some(Doubt::Conflict(now));
             self.add("conflicts", 1);
             self.tell(key, NoticeKind::Conflict, reason, now);
+            self.save(key);
         }
         self.restart_hold(key, now);
     }
@@ -883,6 +903,7 @@ impl Engine {
                 && let Some(binding) = self.bindings.get_mut(&key)
             {
                 binding.doubt = Some(Doubt::Ambiguous);
+                self.save(key);
             }
         }
     }
@@ -908,6 +929,7 @@ impl Engine {
             .insert((transaction.at + TRANSACTION, message.port, id.0, id.1));
         self.transactions
             .insert((id.0, id.1, message.port), transaction);
+        self.save_transaction(message.port, id.0, id.1);
     }
 
     fn close_transaction_timer(&mut self, port: IfIndex, (xid, mac): (u32, MacAddr)) {
@@ -919,7 +941,9 @@ impl Engine {
 
     fn close_transaction(&mut self, port: IfIndex, xid: u32, mac: MacAddr) {
         self.close_transaction_timer(port, (xid, mac));
-        self.transactions.remove(&(xid, mac, port));
+        if self.transactions.remove(&(xid, mac, port)).is_some() {
+            self.save_transaction(port, xid, mac);
+        }
         if let Some(info) = self.ports.get_mut(&port) {
             info.transactions.remove(&(xid, mac));
         }
@@ -1244,6 +1268,7 @@ impl Engine {
             ReleaseOutcome::Vetoed => {
                 binding.state = State::Silent;
                 binding.vetoed = true;
+                self.save(key);
                 self.add("releases_vetoed", 1);
                 self.add(held_counter(Gate::Kernel), 1);
                 self.tell(
@@ -1258,6 +1283,7 @@ impl Engine {
                 binding.state = State::Gone;
                 binding.failures += 1;
                 let again = now + RETRY * binding.failures.min(60);
+                self.save(key);
                 self.add("releases_failed", 1);
                 self.tell(
                     key,
@@ -1317,6 +1343,7 @@ impl Engine {
         }
         let retention = if acked { RETENTION } else { UNGRANTED };
         self.schedule(key, now + retention);
+        self.save(key);
     }
 
     fn recover(&mut self, key: Key, now: Time) {
@@ -1351,7 +1378,11 @@ impl Engine {
             && at > since
         {
             binding.doubt = None;
+            self.save(key);
         }
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
         match binding.state {
             // On its way: the kernel has the last word, and `released` hears it.
             State::Releasing => return,
@@ -1382,12 +1413,17 @@ impl Engine {
         let Some(at) = address_at else {
             return;
         };
-        binding.seen_alive = true;
-        if let Some(Doubt::RecordsLost(since)) = binding.doubt
-            && at > since
-        {
+        let first = !std::mem::replace(&mut binding.seen_alive, true);
+        let doubted = matches!(binding.doubt, Some(Doubt::RecordsLost(since)) if at > since);
+        if doubted {
             binding.doubt = None;
         }
+        if first || doubted {
+            self.save(key);
+        }
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
         if binding.state == State::Requested && self.policy.commit == Commit::Request {
             binding.tentative_until = None;
             self.set_state(
@@ -1439,6 +1475,7 @@ impl Engine {
         };
         binding.port = port;
         binding.port_name.clone_from(&name);
+        self.save(key);
         self.tell(
             key,
             NoticeKind::Moved,
@@ -1702,6 +1739,7 @@ impl Engine {
         }
         self.live += usize::from(binding.is_live());
         self.bindings.insert(key, binding);
+        self.save(key);
     }
 
     fn remove(&mut self, key: Key) {
@@ -1709,6 +1747,7 @@ impl Engine {
             return;
         };
         self.live -= usize::from(binding.is_live());
+        self.save(key);
         if let Some(due) = binding.due {
             self.timers.remove(&(due, key));
         }
@@ -1747,6 +1786,7 @@ impl Engine {
         };
         binding.state = state;
         binding.since = now;
+        self.save(key);
         self.tell(key, kind, reason, now);
     }
 

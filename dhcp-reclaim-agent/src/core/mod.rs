@@ -14,6 +14,6 @@ mod sim;
 mod tests;
 pub mod types;
 
-pub use engine::Engine;
+pub use engine::{Engine, Saved, SavedTransaction};
 pub use policy::{Commit, Policy};
 pub use types::*;

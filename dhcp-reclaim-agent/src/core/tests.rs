@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, time::Duration};
 use super::{
     Action, Commit, Direction, Engine, Event, Evidence, IfIndex, Key, MacAddr, Message,
     MessageType, Notice, NoticeKind, Policy, Port, PortLoss, Probe, ProbeVia, ReleaseOutcome, Role,
-    State, Time,
+    State, Time, TransactionId,
     gates::{Gate, Verdict},
 };
 
@@ -33,6 +33,8 @@ struct Bench {
     vm_talks: bool,
     outcome: ReleaseOutcome,
     seen: Vec<Action>,
+    /// What was to be saved, in which state; `None` is deleted.
+    saves: Vec<(Key, Option<State>)>,
 }
 
 impl Bench {
@@ -48,6 +50,7 @@ impl Bench {
             vm_talks: false,
             outcome: ReleaseOutcome::Sent,
             seen: Vec::new(),
+            saves: Vec::new(),
         };
         bench.port(VM_PORT, "vm1", Role::Vm);
         bench.port(OTHER_PORT, "vm2", Role::Vm);
@@ -70,7 +73,10 @@ impl Bench {
 
     fn carry_out(&mut self) {
         while let Some(action) = self.engine.poll_action() {
-            self.seen.push(action.clone());
+            match action {
+                Action::Save { .. } | Action::SaveTransaction { .. } => {}
+                _ => self.seen.push(action.clone()),
+            }
             let answer = match action {
                 Action::Look { key, .. } => {
                     let mut evidence = self.evidence;
@@ -85,7 +91,13 @@ impl Bench {
                     key,
                     outcome: self.outcome,
                 },
-                Action::Arm { .. }
+                Action::Save { key } => {
+                    self.saves
+                        .push((key, self.engine.saved(key).map(|saved| saved.state)));
+                    continue;
+                }
+                Action::SaveTransaction { .. }
+                | Action::Arm { .. }
                 | Action::Disarm { .. }
                 | Action::Control { .. }
                 | Action::Notify(_) => {
@@ -209,7 +221,9 @@ fn notice(action: &Action) -> Option<&Notice> {
         | Action::Look { .. }
         | Action::Probe { .. }
         | Action::Control { .. }
-        | Action::Release { .. } => None,
+        | Action::Release { .. }
+        | Action::Save { .. }
+        | Action::SaveTransaction { .. } => None,
     }
 }
 
@@ -769,4 +783,194 @@ fn bindings_and_transactions_of_one_port_are_bounded() {
     }
     assert_eq!(bench.engine.bindings().count(), 16);
     assert!(bench.engine.counters()["bindings_refused"] > 0);
+}
+
+// ---- what outlives the agent -----------------------------------------------------------------
+
+/// Another agent, a moment later: it knows what was saved, and the ports that are there.
+fn after_restart(bench: &Bench, ports: &[(IfIndex, &str)]) -> Bench {
+    let saved: Vec<_> = bench
+        .engine
+        .bindings()
+        .filter_map(|binding| bench.engine.saved(binding.key))
+        .collect();
+    let transactions: Vec<_> = transactions(bench)
+        .into_iter()
+        .filter_map(|id| bench.engine.saved_transaction(id))
+        .collect();
+    let mut next = Bench::new(Policy::default());
+    next.now = bench.now + secs(1);
+    next.engine = Engine::new(Policy::default(), next.now);
+    for (ifindex, name) in ports {
+        next.port(*ifindex, name, Role::Vm);
+    }
+    next.seen.clear();
+    next.engine.restore_transactions(transactions, next.now);
+    next.engine.restore(saved, next.now);
+    next.carry_out();
+    next
+}
+
+fn transactions(bench: &Bench) -> Vec<TransactionId> {
+    let id = |port| TransactionId {
+        port,
+        xid: 7,
+        chaddr: VM,
+    };
+    let ids = [VM_PORT, OTHER_PORT].map(id).into_iter();
+    ids.filter(|id| bench.engine.saved_transaction(*id).is_some())
+        .collect()
+}
+
+const PORTS: [(IfIndex, &str); 2] = [(VM_PORT, "vm1"), (OTHER_PORT, "vm2")];
+
+#[test]
+fn a_binding_whose_port_is_there_is_taken_over_and_looked_at_soon() {
+    let mut bench = after_restart(&settled(), &PORTS);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!((bench.probes(), bench.saves.len()), (0, 1));
+    bench.pass(secs(2));
+    assert_eq!(bench.probes(), 1, "looked at");
+    bench.vm_talks = true;
+    bench.pass(secs(100));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    let binding = bench.engine.bindings().next().unwrap();
+    assert_eq!(
+        (binding.server_mac, binding.port),
+        (Some(SERVER_MAC), VM_PORT)
+    );
+    // It is as it was: its port goes, and so does it.
+    bench.vm_talks = false;
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(secs(3));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn a_binding_whose_port_vanished_takes_the_fast_road_once_all_is_settled() {
+    // Gone, or another port by now: by its index, or by its name.
+    for ports in [
+        &[(OTHER_PORT, "vm2")][..],
+        &[(VM_PORT, "vm9"), (OTHER_PORT, "vm2")],
+        &[(VM_PORT + 50, "vm1"), (OTHER_PORT, "vm2")],
+    ] {
+        let mut bench = after_restart(&settled(), ports);
+        assert_eq!(bench.state(KEY), Some(State::Silent), "{ports:?}");
+        assert_eq!(bench.probes(), 1);
+        bench.pass(Duration::from_millis(2900));
+        assert_eq!(bench.releases(), 0, "not settled yet");
+        bench.pass(secs(1));
+        assert_eq!(bench.releases(), 1);
+        assert_eq!(bench.state(KEY), Some(State::Released));
+    }
+}
+
+#[test]
+fn a_binding_whose_vm_has_a_new_port_is_found_there() {
+    let mut bench = after_restart(&settled(), &[(31, "vm1")]);
+    bench.evidence.elsewhere = Some((bench.now + secs(1), 31));
+    bench.pass(secs(1));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    bench.evidence.elsewhere = None;
+    bench.vm_talks = true;
+    bench.pass(secs(600));
+    assert_eq!(
+        (bench.releases(), bench.state(KEY)),
+        (0, Some(State::Bound))
+    );
+    assert_eq!(bench.engine.saved(KEY).unwrap().port, 31);
+}
+
+#[test]
+fn an_intent_is_saved_before_its_frame_and_never_sent_again() {
+    let mut bench = settled();
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(Duration::from_millis(1990));
+    bench.now = bench.now + secs(1);
+    bench.engine.handle_timeout(bench.now);
+    let mut last = None;
+    let mut interrupted = None;
+    while let Some(action) = bench.engine.poll_action() {
+        match action {
+            Action::Save { key } => last = bench.engine.saved(key).map(|saved| saved.state),
+            Action::Look { key, .. } => {
+                let evidence = bench.evidence;
+                bench
+                    .engine
+                    .handle(Event::Evidence { key, evidence }, bench.now);
+            }
+            Action::Release { .. } => interrupted = last,
+            _ => {}
+        }
+    }
+    assert_eq!(interrupted, Some(State::Releasing));
+    // Killed here: whether the frame left is not known.
+    let mut bench = after_restart(&bench, &[(OTHER_PORT, "vm2")]);
+    assert_eq!(bench.state(KEY), Some(State::Released));
+    assert_eq!(bench.notices(), [NoticeKind::Released]);
+    let told = bench.seen.iter().find_map(notice).unwrap();
+    assert!(told.reason.contains("unknown"), "{}", told.reason);
+    assert_eq!(bench.saves.last(), Some(&(KEY, None)), "not to be kept");
+    bench.pass(secs(3600));
+    assert_eq!((bench.releases(), bench.state(KEY)), (0, None));
+}
+
+#[test]
+fn a_question_that_is_open_when_the_agent_ends_is_answered_to_the_next() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    let mut bench = after_restart(&bench, &PORTS);
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(transactions(&bench), []);
+    // Not for another port of that index.
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    let mut bench = after_restart(&bench, &[(VM_PORT, "vm9")]);
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+}
+
+#[test]
+fn a_record_that_is_read_again_changes_nothing() {
+    let lease = |bench: &mut Bench| {
+        let (request, ack) = (bench.request(VM_PORT, VM, IP), bench.ack(VM_PORT, VM, IP));
+        bench.message(request.clone());
+        bench.message(ack.clone());
+        [request, ack]
+    };
+    // All of them, the last one only, and after a restart.
+    for (from, restart) in [(0, false), (1, false), (0, true), (1, true)] {
+        let mut bench = Bench::new(Policy::default());
+        let messages = lease(&mut bench);
+        if restart {
+            bench = after_restart(&bench, &PORTS);
+        }
+        let before = bench.engine.saved(KEY);
+        for message in messages.into_iter().skip(from) {
+            bench.message(message);
+        }
+        assert_eq!(bench.engine.saved(KEY), before);
+        assert_eq!(bench.engine.live(), 1);
+    }
+    // The guest's own RELEASE.
+    let mut bench = Bench::new(Policy::default());
+    lease(&mut bench);
+    let release = Message {
+        kind: MessageType::Release,
+        ciaddr: Some(IP),
+        requested_ip: None,
+        ..bench.request(VM_PORT, VM, IP)
+    };
+    bench.message(release.clone());
+    assert_eq!(bench.saves.last(), Some(&(KEY, None)));
+    let mut bench = after_restart(&bench, &PORTS);
+    bench.message(release);
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(secs(100));
+    assert_eq!((bench.releases(), bench.engine.live()), (0, 0));
 }

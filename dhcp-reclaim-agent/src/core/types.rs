@@ -303,6 +303,14 @@ pub enum Event {
     },
 }
 
+/// An open question of a VM's to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TransactionId {
+    pub port: IfIndex,
+    pub xid: u32,
+    pub chaddr: MacAddr,
+}
+
 /// What the core wants done. The shell answers `Look`, `Probe` and `Release` with the `Event` of
 /// the same key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -336,6 +344,15 @@ pub enum Action {
     Release {
         key: Key,
         release: Release,
+    },
+    /// What must outlive the agent has changed: `Engine::saved` says to what, `None` that there is
+    /// nothing to keep. It comes before the `Release` that it is the intent of.
+    Save {
+        key: Key,
+    },
+    /// The same of an open question, by `Engine::saved_transaction`.
+    SaveTransaction {
+        id: TransactionId,
     },
     /// Tell people and programs.
     Notify(Notice),

@@ -19,7 +19,7 @@ pub use self::{
     attach::AttachedHook,
     load::{Hook, LoadOptions},
     message::{Malformed, message, watch_ip, watch_mac},
-    ring::RecordRing,
+    ring::{BATCH, RecordRing},
 };
 use self::{attach::Attachments, load::PinDir, maps::Maps};
 use crate::core::{IfIndex, Port, Role};

@@ -1,0 +1,305 @@
+//! Rows: by the names of bridges and ports, and with times that a reboot does not make nonsense of.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use super::Moment;
+use crate::core::{
+    IfIndex, Key, MacAddr, Port, Role, Saved, SavedTransaction, SegmentId, State, Time,
+    TransactionId, Vlan,
+    binding::{Ask, Doubt},
+};
+
+/// When a row was written. Its times are of the monotonic clock, which a step of the wall clock does
+/// not touch; after a reboot they are carried over by the wall clock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Written {
+    boot: String,
+    monotonic: u64,
+    wall: Timestamp,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BindingRow {
+    pub bridge: String,
+    vlan: Vlan,
+    ip: Ipv4Addr,
+    mac: MacAddr,
+    client_id: Option<Vec<u8>>,
+    server: Option<Ipv4Addr>,
+    server_mac: Option<MacAddr>,
+    ifindex: IfIndex,
+    port: String,
+    state: State,
+    acked: bool,
+    seen_alive: bool,
+    #[serde(default)]
+    shared: bool,
+    doubt: Option<DoubtRow>,
+    expires: Option<u64>,
+    tentative_until: Option<u64>,
+    last_seen: Option<u64>,
+    written: Written,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum DoubtRow {
+    Ambiguous,
+    RecordsLost(u64),
+    Conflict(u64),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransactionRow {
+    ifindex: IfIndex,
+    port: String,
+    xid: u32,
+    mac: MacAddr,
+    at: u64,
+    ask: Ask,
+    vlan: Vlan,
+    client_id: Option<Vec<u8>>,
+    ambiguous: bool,
+    poisoned: bool,
+    boot: String,
+}
+
+/// A port that was watched: it may be gone when the next agent starts, and its records not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortRow {
+    pub ifindex: IfIndex,
+    pub name: String,
+    pub bridge: String,
+    pub role: Role,
+    /// Lost records that the agent knew of.
+    pub lost: u32,
+    boot: String,
+}
+
+impl Written {
+    fn now(now: &Moment) -> Self {
+        Self {
+            boot: now.boot.clone(),
+            monotonic: now.monotonic.as_nanos(),
+            wall: now.wall,
+        }
+    }
+
+    /// A time that lay ahead. After a reboot it can only come nearer: a wall clock that was set back
+    /// makes no lease longer than it was when it was written.
+    fn ahead(&self, at: u64, now: &Moment) -> Time {
+        if self.boot == now.boot {
+            return Time::from_nanos(at);
+        }
+        let left = Duration::from_nanos(at.saturating_sub(self.monotonic));
+        let passed = now.wall.duration_since(self.wall).max(SignedDuration::ZERO);
+        now.monotonic + left.saturating_sub(passed.unsigned_abs())
+    }
+}
+
+impl BindingRow {
+    pub fn key(bridge: &str, key: Key) -> String {
+        format!("{bridge}/{}/{}", key.vlan, key.ip)
+    }
+
+    pub fn new(bridge: &str, saved: Saved, now: &Moment) -> Self {
+        let nanos = |time: Option<Time>| time.map(Time::as_nanos);
+        Self {
+            bridge: bridge.to_owned(),
+            vlan: saved.key.vlan,
+            ip: saved.key.ip,
+            mac: saved.chaddr,
+            client_id: saved.client_id,
+            server: saved.server,
+            server_mac: saved.server_mac,
+            ifindex: saved.port,
+            port: saved.port_name,
+            state: saved.state,
+            acked: saved.acked,
+            seen_alive: saved.seen_alive,
+            shared: saved.shared,
+            doubt: saved.doubt.map(|doubt| match doubt {
+                Doubt::Ambiguous => DoubtRow::Ambiguous,
+                Doubt::RecordsLost(at) => DoubtRow::RecordsLost(at.as_nanos()),
+                Doubt::Conflict(at) => DoubtRow::Conflict(at.as_nanos()),
+            }),
+            expires: nanos(saved.expires),
+            tentative_until: nanos(saved.tentative_until),
+            last_seen: nanos(saved.last_seen),
+            written: Written::now(now),
+        }
+    }
+
+    pub fn saved(self, segment: SegmentId, now: &Moment) -> Saved {
+        let same_boot = self.written.boot == now.boot;
+        // After a reboot: before everything that is seen from now on.
+        let past = |at: u64| {
+            if same_boot {
+                Time::from_nanos(at)
+            } else {
+                now.monotonic
+            }
+        };
+        Saved {
+            key: Key {
+                segment,
+                vlan: self.vlan,
+                ip: self.ip,
+            },
+            chaddr: self.mac,
+            client_id: self.client_id,
+            server: self.server,
+            server_mac: self.server_mac,
+            // Indexes begin anew with each boot: the one that is there may be another VM's.
+            port: if same_boot { self.ifindex } else { 0 },
+            port_name: self.port,
+            state: self.state,
+            acked: self.acked,
+            seen_alive: self.seen_alive,
+            shared: self.shared,
+            doubt: self.doubt.map(|doubt| match doubt {
+                DoubtRow::Ambiguous => Doubt::Ambiguous,
+                DoubtRow::RecordsLost(at) => Doubt::RecordsLost(past(at)),
+                DoubtRow::Conflict(at) => Doubt::Conflict(past(at)),
+            }),
+            expires: self.expires.map(|at| self.written.ahead(at, now)),
+            tentative_until: self.tentative_until.map(|at| self.written.ahead(at, now)),
+            last_seen: self.last_seen.filter(|_| same_boot).map(Time::from_nanos),
+        }
+    }
+}
+
+impl TransactionRow {
+    pub fn key(id: TransactionId) -> String {
+        format!("{}/{:08x}/{}", id.port, id.xid, id.chaddr)
+    }
+
+    pub fn new(saved: SavedTransaction, now: &Moment) -> Self {
+        Self {
+            ifindex: saved.id.port,
+            port: saved.port_name,
+            xid: saved.id.xid,
+            mac: saved.id.chaddr,
+            at: saved.at.as_nanos(),
+            ask: saved.ask,
+            vlan: saved.vlan,
+            client_id: saved.client_id,
+            ambiguous: saved.ambiguous,
+            poisoned: saved.poisoned,
+            boot: now.boot.clone(),
+        }
+    }
+
+    /// One of an earlier boot is no longer open: as of the beginning of time.
+    pub fn saved(self, now: &Moment) -> SavedTransaction {
+        let same_boot = self.boot == now.boot;
+        SavedTransaction {
+            id: TransactionId {
+                port: self.ifindex,
+                xid: self.xid,
+                chaddr: self.mac,
+            },
+            port_name: if same_boot { self.port } else { String::new() },
+            at: Time::from_nanos(self.at),
+            ask: self.ask,
+            vlan: self.vlan,
+            client_id: self.client_id,
+            ambiguous: self.ambiguous,
+            poisoned: self.poisoned,
+        }
+    }
+}
+
+impl PortRow {
+    pub fn key(ifindex: IfIndex) -> String {
+        ifindex.to_string()
+    }
+
+    pub fn new(bridge: &str, port: &Port, lost: u32, now: &Moment) -> Self {
+        Self {
+            ifindex: port.ifindex,
+            name: port.name.clone(),
+            bridge: bridge.to_owned(),
+            role: port.role,
+            lost,
+            boot: now.boot.clone(),
+        }
+    }
+
+    pub fn is_of_this_boot(&self, now: &Moment) -> bool {
+        self.boot == now.boot
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn moment(boot: &str, monotonic: u64, wall: i64) -> Moment {
+        Moment {
+            boot: boot.to_owned(),
+            monotonic: Time::from_nanos(monotonic * 1_000_000_000),
+            wall: Timestamp::from_second(1_800_000_000 + wall).unwrap(),
+        }
+    }
+
+    fn seconds(time: Option<Time>) -> u64 {
+        time.unwrap().as_nanos() / 1_000_000_000
+    }
+
+    fn saved() -> Saved {
+        Saved {
+            key: Key {
+                segment: 1,
+                vlan: 5,
+                ip: Ipv4Addr::new(10, 0, 0, 1),
+            },
+            chaddr: MacAddr([2, 0, 0, 0, 0, 1]),
+            client_id: Some(vec![0, 255, 7]),
+            server: Some(Ipv4Addr::new(10, 0, 0, 254)),
+            server_mac: Some(MacAddr([2, 0, 0, 0, 0, 0xfe])),
+            port: 11,
+            port_name: "vm1".to_owned(),
+            state: State::Silent,
+            acked: true,
+            seen_alive: true,
+            shared: false,
+            doubt: Some(Doubt::Conflict(Time::from_nanos(900_000_000_000))),
+            expires: Some(Time::from_nanos(4_600_000_000_000)),
+            tentative_until: None,
+            last_seen: Some(Time::from_nanos(990_000_000_000)),
+        }
+    }
+
+    fn after(now: &Moment) -> Saved {
+        let row = BindingRow::new("br0", saved(), &moment("a", 1000, 0));
+        let bytes = serde_json::to_vec(&row).unwrap();
+        let row: BindingRow = serde_json::from_slice(&bytes).unwrap();
+        row.saved(1, now)
+    }
+
+    #[test]
+    fn within_a_boot_nothing_changes_whatever_the_wall_clock_does() {
+        for wall in [-86_400, 0, 1, 86_400] {
+            assert_eq!(after(&moment("a", 1001, wall)), saved());
+        }
+    }
+
+    #[test]
+    fn after_a_reboot_the_lease_has_what_the_wall_clock_left_of_it() {
+        let now = moment("b", 30, 600);
+        let saved = after(&now);
+        assert_eq!(seconds(saved.expires), 30 + 3000);
+        assert_eq!((saved.port, saved.last_seen), (0, None));
+        assert_eq!(saved.doubt, Some(Doubt::Conflict(now.monotonic)));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_makes_no_lease_longer() {
+        assert_eq!(seconds(after(&moment("b", 30, -86_400)).expires), 30 + 3600);
+        assert_eq!(seconds(after(&moment("b", 30, 86_400)).expires), 30);
+    }
+}

@@ -1,0 +1,516 @@
+//! The agent dies at any moment, and nothing is forgotten and nothing is done twice.
+//!
+//! The judges are the server's own store and a capture of what reaches the server.
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env, fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    thread::{self, sleep},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use dhcp_reclaim_tests::{
+    agent::{Agent, Hook, STATE, Setup},
+    clock::{Deadline, now},
+    fixture::{Mac, NIC, SERVER_IP, vm_mac},
+    lab_test,
+    process::Process,
+    sandbox::{BPFFS, DIR, test_in_world},
+    server::{Place, ServerKind},
+    vm::{Client, KillKind, Vm},
+    watch::tail,
+    wire::{ACK, Capture, RELEASE},
+    world::{PATIENCE, World},
+};
+
+/// How often the agent is killed; 200 is the bar, which takes some minutes.
+const CRASHES: &str = "DHCP_RECLAIM_CRASHES";
+const SEED: &str = "DHCP_RECLAIM_SEED";
+/// So many at once boot VMs and end them.
+const OPERATORS: u8 = 3;
+/// VMs that one of them has at most, by number; a number lives again and again.
+const NUMBERS: u8 = 6;
+
+#[test]
+fn killed_at_random_moments() {
+    let crashes = number(CRASHES, 40);
+    test_in_world(
+        module_path!(),
+        "killed_at_random_moments",
+        Duration::from_secs(120) + Duration::from_secs(4) * crashes,
+        || churn(crashes, number(SEED, 1)),
+    );
+}
+
+fn number(name: &str, default: u32) -> u32 {
+    let given = env::var(name).ok().and_then(|value| value.parse().ok());
+    given.unwrap_or(default)
+}
+
+fn churn(crashes: u32, seed: u32) -> Result<()> {
+    let begin = now();
+    let world = World::new(ServerKind::Dnsmasq, Place::Remote, 100)?;
+    let setup = world.agent(Hook::Tc).args(&[
+        "--silence",
+        "1s",
+        "--probe-interval",
+        "200ms",
+        "--misses",
+        "2",
+        "--hold-down",
+        "400ms",
+        "--hold-down-uplink",
+        "400ms",
+        "--hold-down-silent",
+        "1s",
+        "--settle",
+        "200ms",
+        "--breaker",
+        "off",
+    ]);
+    let wire = Capture::start(world.server.netns(), NIC)?;
+    let done = AtomicU32::new(0);
+    let over = AtomicBool::new(false);
+    let mut operators: Vec<_> = (0..OPERATORS)
+        .map(|number| Vms::new(&world, seed, number))
+        .collect();
+    let last = thread::scope(|scope| -> Result<Process> {
+        let killer = scope.spawn(|| kill_often(&setup, crashes, seed, &done));
+        let (done, over) = (&done, &over);
+        let working: Vec<_> = operators
+            .iter_mut()
+            .map(|vms| {
+                scope.spawn(move || -> Result<()> {
+                    while !over.load(Ordering::Relaxed) {
+                        vms.step().with_context(|| {
+                            format!("after {} crashes", done.load(Ordering::Relaxed))
+                        })?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let last = killer.join().map_err(|_| anyhow!("the killer panicked"));
+        over.store(true, Ordering::Relaxed);
+        for worker in working {
+            worker
+                .join()
+                .map_err(|_| anyhow!("an operator panicked"))??;
+        }
+        last?
+    })?;
+    drop(last);
+    let agent = setup.start()?;
+    let log = || agent.log();
+    for vms in &mut operators {
+        vms.finish()?;
+    }
+    let living: Vec<&Vm> = operators
+        .iter()
+        .flat_map(|vms| vms.living.values())
+        .collect();
+    let lives: Vec<Life> = operators.iter().flat_map(|vms| vms.lives.clone()).collect();
+
+    // Whoever is dead has lost its lease in the end, except where nobody can know any more whether
+    // the RELEASE left.
+    let unknown = unknown_outcomes(&agent.log());
+    let deadline = Deadline::after(PATIENCE);
+    let mut held: Vec<_>;
+    loop {
+        held = world.server.leases()?;
+        held.retain(|lease| {
+            !living.iter().any(|vm| vm.mac == lease.mac) && !unknown.contains(&lease.ip)
+        });
+        if held.is_empty() || deadline.passed() {
+            break;
+        }
+        sleep(Duration::from_millis(100));
+    }
+    ensure!(
+        held.is_empty(),
+        "seed {seed}: forgotten: {held:?}\nthe agent has {:?}\nlog:\n{}",
+        agent.list()?,
+        log()
+    );
+    for vm in &living {
+        let ip = vm.lease().context("a living VM without a lease")?;
+        ensure!(world.server.has(ip)?, "{}: {ip} was taken away", vm.name);
+        let state = agent.state(ip)?;
+        ensure!(
+            ["bound", "silent"].contains(&state.as_str()),
+            "seed {seed}: {} is alive, and the agent has its {ip} as {state}\nlog:\n{}",
+            vm.name,
+            log()
+        );
+    }
+    let releases = judge(&wire, &lives).with_context(log)?;
+    ensure!(releases > 0, "the agent never released anything");
+    println!(
+        "NOTE seed {seed}: {crashes} crashes, {} VMs died and {} live, {releases} RELEASEs, {} of \
+         unknown outcome, in {:.0} s",
+        lives.len() - living.len(),
+        living.len(),
+        unknown.len(),
+        (now() - begin).as_secs_f64()
+    );
+    agent.stop()
+}
+
+/// Leaves one running.
+fn kill_often(setup: &Setup, crashes: u32, seed: u32, done: &AtomicU32) -> Result<Process> {
+    let mut random = Random::new(seed ^ 0x9e37);
+    for _ in 0..crashes {
+        let mut agent = setup.spawn()?;
+        let said = ready(&agent);
+        // Some while they still start; most of them live long enough to release something, however
+        // slow the machine is.
+        let life = match random.below(4) {
+            0 => random.below(400),
+            lives => {
+                let deadline = Deadline::after(PATIENCE);
+                while ready(&agent) == said && !deadline.passed() {
+                    agent.check_alive()?;
+                    sleep(Duration::from_millis(10));
+                }
+                random.below(500 * lives)
+            }
+        };
+        sleep(Duration::from_millis(life.into()));
+        agent.check_alive()?;
+        agent.kill();
+        done.fetch_add(1, Ordering::Relaxed);
+    }
+    setup.spawn()
+}
+
+/// How many agents have said so in the log that they share.
+fn ready(agent: &Process) -> usize {
+    agent.log().matches("ready on").count()
+}
+
+/// No RELEASE of the agent's falls into the life that took the lease, and nobody had released that
+/// lease yet.
+fn judge(wire: &Capture, lives: &[Life]) -> Result<usize> {
+    let mut last: BTreeMap<(Ipv4Addr, Mac), (u8, Instant)> = BTreeMap::new();
+    let mut releases = 0;
+    for frame in wire.frames() {
+        let Some(dhcp) = frame.dhcp() else { continue };
+        let (kind, ip) = match dhcp.kind() {
+            Some(ACK) => (ACK, dhcp.yiaddr),
+            Some(RELEASE) => (RELEASE, dhcp.ciaddr),
+            Some(_) | None => continue,
+        };
+        let lease = (ip, dhcp.chaddr);
+        let before = last.insert(lease, (kind, frame.at));
+        let ours = dhcp
+            .option(56)
+            .is_some_and(|text| text.starts_with(b"dhcp-reclaim"));
+        if kind == ACK || !ours {
+            continue;
+        }
+        releases += 1;
+        let Some((ACK, leased_at)) = before else {
+            bail!("{lease:?} was released a second time: {before:?} came before");
+        };
+        // An ACK that comes after the death, to a REQUEST of before, is no life's.
+        let alive = lives.iter().find(|life| {
+            life.mac == dhcp.chaddr
+                && life.born <= leased_at
+                && leased_at <= frame.at
+                && life.died.is_none_or(|died| frame.at < died)
+        });
+        ensure!(
+            alive.is_none(),
+            "{lease:?} was released at {:?}, leased at {leased_at:?}, in the middle of {alive:?}",
+            frame.at
+        );
+    }
+    Ok(releases)
+}
+
+/// Addresses of which the agent says that it cannot know whether it released them.
+fn unknown_outcomes(log: &str) -> BTreeSet<Ipv4Addr> {
+    let lines = log.lines().filter(|line| line.contains("outcome unknown"));
+    lines
+        .filter_map(|line| {
+            let ip = line.split("ip=").nth(1)?;
+            ip.split_whitespace().next()?.parse().ok()
+        })
+        .collect()
+}
+
+/// From when its port came to be until it was killed.
+#[derive(Clone, Debug)]
+struct Life {
+    mac: Mac,
+    born: Instant,
+    died: Option<Instant>,
+}
+
+struct Vms<'a> {
+    world: &'a World,
+    random: Random,
+    living: BTreeMap<u8, Vm>,
+    /// Their ports are still there.
+    corpses: Vec<Vm>,
+    lives: Vec<Life>,
+    /// Numbers that can be born again.
+    free: Vec<u8>,
+}
+
+impl<'a> Vms<'a> {
+    fn new(world: &'a World, seed: u32, operator: u8) -> Self {
+        let first = 1 + operator * NUMBERS;
+        Self {
+            world,
+            random: Random::new(seed ^ (u32::from(operator) << 16)),
+            living: BTreeMap::new(),
+            corpses: Vec::new(),
+            lives: Vec::new(),
+            free: (first..first + NUMBERS).collect(),
+        }
+    }
+
+    /// Something happens to somebody.
+    fn step(&mut self) -> Result<()> {
+        sleep(Duration::from_millis(self.random.below(150).into()));
+        let boot = self.living.len() < 2 || self.random.below(2) == 0;
+        if boot && !self.free.is_empty() {
+            // Whoever has been dead longest; now and then one that has just died, and is back before
+            // anybody could notice.
+            let last = self.free.len() - 1;
+            let at = if self.random.below(4) == 0 { last } else { 0 };
+            let number = self.free.remove(at);
+            return self.boot(number);
+        }
+        let at = self.random.below(self.living.len().try_into()?);
+        let Some(&number) = self.living.keys().nth(at.try_into()?) else {
+            return Ok(());
+        };
+        match self.random.below(8) {
+            0 | 1 => self.living[&number].renew(),
+            2 => {
+                let vm = self.living.get_mut(&number).context("gone")?;
+                vm.release()?;
+                // It says so before its machine goes.
+                sleep(Duration::from_millis(100));
+                self.kill(number, KillKind::PortDeleted)
+            }
+            3 => self.kill(number, KillKind::PortKept),
+            4 => self.kill(number, KillKind::CarrierLost),
+            _ => self.kill(number, KillKind::PortDeleted),
+        }
+    }
+
+    /// The guest asks once its port is watched: a lease from before is not the agent's to know.
+    fn boot(&mut self, number: u8) -> Result<()> {
+        let name = format!("vm{number}");
+        let mut vm = Vm::off(&self.world.node, &name, vm_mac(number))?;
+        vm.plug_in()?;
+        let deadline = Deadline::after(PATIENCE);
+        while !is_watched(&name)? {
+            if deadline.passed() {
+                let log = fs::read_to_string(Path::new(DIR).join("agent.log"))?;
+                bail!("{name} is not watched; the agents say:\n{}", tail(&log, 40));
+            }
+            sleep(Duration::from_millis(5));
+        }
+        vm.start_client(Client::Udhcpc)?;
+        let ip = vm.wait_lease(PATIENCE)?;
+        vm.ping(SERVER_IP)
+            .with_context(|| format!("{name} has {ip}"))?;
+        self.lives.push(Life {
+            mac: vm.mac,
+            born: vm.linked_at,
+            died: None,
+        });
+        self.living.insert(number, vm);
+        Ok(())
+    }
+
+    fn kill(&mut self, number: u8, kind: KillKind) -> Result<()> {
+        let mut vm = self.living.remove(&number).context("no such VM")?;
+        let at = vm.kill(kind)?;
+        let life = self.lives.iter_mut().rfind(|life| life.mac == vm.mac);
+        life.context("never born")?.died = Some(at);
+        match kind {
+            KillKind::PortDeleted => self.free.push(number),
+            KillKind::CarrierLost | KillKind::PortKept => self.corpses.push(vm),
+        }
+        // Somebody takes the machine away, sooner or later.
+        if self.corpses.len() > 2 {
+            let vm = self.corpses.remove(0);
+            vm.unplug()?;
+            let number = (1..=OPERATORS * NUMBERS).find(|n| vm_mac(*n) == vm.mac);
+            self.free.extend(number);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        while self.living.len() < 2 {
+            let number = self.free.pop().context("nobody left")?;
+            self.boot(number)?;
+        }
+        Ok(())
+    }
+}
+
+/// Both programs sit on the port, pinned.
+fn is_watched(port: &str) -> Result<bool> {
+    let ifindex = fs::read_to_string(format!("/sys/class/net/{port}/ifindex"))?;
+    let top = Path::new(BPFFS).join("dhcp-reclaim");
+    let Ok(versions) = fs::read_dir(top) else {
+        return Ok(false);
+    };
+    Ok(versions.flatten().any(|version| {
+        let links = version.path().join("links");
+        ["ingress", "egress"]
+            .iter()
+            .all(|way| links.join(format!("{}-{way}", ifindex.trim())).exists())
+    }))
+}
+
+/// Numbers from a seed; good enough to shake things.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u32) -> Self {
+        Self(u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1)
+    }
+
+    fn below(&mut self, limit: u32) -> u32 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let drawn = u32::try_from(self.0 >> 33).unwrap_or(0);
+        drawn % limit.max(1)
+    }
+}
+
+fn store() -> PathBuf {
+    Path::new(STATE).join("bindings.redb")
+}
+
+fn set_aside() -> Result<Vec<String>> {
+    let names = fs::read_dir(STATE)?.flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    Ok(names.filter(|name| name.contains(".bad-")).collect())
+}
+
+/// The lease of a VM that is learned, dies, and is freed.
+fn a_life(world: &World, agent: &Agent, number: u8) -> Result<()> {
+    let mut vm = world.boot(number)?;
+    let ip = vm.wait_lease(PATIENCE)?;
+    agent.wait_event("bound", ip, PATIENCE)?;
+    vm.kill(KillKind::PortDeleted)?;
+    world
+        .server
+        .wait_gone(ip, PATIENCE)
+        .with_context(|| agent.log())
+}
+
+lab_test! {
+    fn a_lease_is_remembered_and_the_vm_dies_meanwhile() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        let setup = world.agent(Hook::Tc).quick();
+        let agent = setup.start()?;
+        let wire = Capture::start(world.server.netns(), NIC)?;
+        let (mut dead, alive) = (world.boot(1)?, world.boot(2)?);
+        let (dead_ip, alive_ip) = (dead.wait_lease(PATIENCE)?, alive.wait_lease(PATIENCE)?);
+        agent.wait_event("bound", dead_ip, PATIENCE)?;
+        agent.wait_event("bound", alive_ip, PATIENCE)?;
+        agent.kill();
+        dead.kill(KillKind::PortDeleted)?;
+        let agent = setup.start()?;
+        world.server.wait_gone(dead_ip, PATIENCE).with_context(|| agent.log())?;
+        ensure!(agent.state(alive_ip)? == "bound", "{:?}", agent.list()?);
+        ensure!(world.server.has(alive_ip)?, "the living lost its lease");
+        ensure!(wire.dhcp(RELEASE).len() == 1, "{:?}", wire.dhcp(RELEASE));
+        agent.stop()
+    }
+
+    fn what_came_while_there_was_no_agent_is_read() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        let setup = world.agent(Hook::Tc).quick();
+        let agent = setup.start()?;
+        // Their ports are watched, and nobody has asked yet.
+        let mut vms = Vec::new();
+        for number in 1..=2 {
+            let mut vm = Vm::off(&world.node, &format!("vm{number}"), vm_mac(number))?;
+            vm.plug_in()?;
+            agent.wait_port_event("port-up", &vm.name, PATIENCE)?;
+            vms.push(vm);
+        }
+        agent.kill();
+        let mut leases = Vec::new();
+        for vm in &mut vms {
+            vm.start_client(Client::Udhcpc)?;
+            leases.push(vm.wait_lease(PATIENCE)?);
+        }
+        vms[0].kill(KillKind::PortDeleted)?;
+        // A clean stop leaves as much behind as a crash does.
+        let agent = setup.start()?;
+        world.server.wait_gone(leases[0], PATIENCE).with_context(|| agent.log())?;
+        ensure!(agent.state(leases[1])? == "bound", "{:?}\n{}", agent.list()?, agent.log());
+        agent.stop()?;
+        vms[1].renew()?;
+        vms[1].kill(KillKind::PortDeleted)?;
+        let agent = setup.start()?;
+        world.server.wait_gone(leases[1], PATIENCE).with_context(|| agent.log())
+    }
+
+    fn a_damaged_store_is_set_aside() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        let setup = world.agent(Hook::Tc).quick();
+        let agent = setup.start()?;
+        a_life(&world, &agent, 1)?;
+        agent.stop()?;
+        let mut bytes = fs::read(store())?;
+        let half = bytes.len() / 2;
+        bytes[512..half].fill(0xa5);
+        fs::write(store(), bytes)?;
+        let agent = setup.start()?;
+        let log = agent.log();
+        ensure!(log.contains("starting without it") && log.contains("bindings.redb"), "{log}");
+        ensure!(set_aside()?.len() == 1, "{:?}", set_aside()?);
+        a_life(&world, &agent, 2)?;
+        // The new one is a good one.
+        agent.kill();
+        let agent = setup.start()?;
+        ensure!(set_aside()?.len() == 1, "{:?}", set_aside()?);
+        a_life(&world, &agent, 3)
+    }
+
+    fn a_foreign_store_is_set_aside() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        fs::create_dir_all(STATE)?;
+        let text = "lease 10.67.0.100 { binding state active; }\n".repeat(100);
+        fs::write(store(), &text)?;
+        let agent = world.agent(Hook::Tc).quick().start()?;
+        let log = agent.log();
+        ensure!(log.contains("starting without it"), "{log}");
+        let aside = set_aside()?;
+        ensure!(aside.len() == 1, "{aside:?}");
+        let kept = fs::read_to_string(Path::new(STATE).join(&aside[0]))?;
+        ensure!(kept == text, "what was set aside is not what was there");
+        a_life(&world, &agent, 1)
+    }
+
+    fn a_store_in_use_is_no_reason_to_start_without_one() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 1)?;
+        let _agent = world.agent(Hook::Tc).quick().start()?;
+        let control = Path::new(DIR).join("other.sock").display().to_string();
+        let mut second = world.agent(Hook::Tc).quick().control(&control).spawn()?;
+        let status = second.wait_end(PATIENCE)?;
+        ensure!(!status.success(), "it started");
+        let log = second.log();
+        ensure!(log.contains("in use by another agent") && log.contains("--state"), "{log}");
+        ensure!(set_aside()?.is_empty(), "{:?}", set_aside()?);
+        Ok(())
+    }
+}
