@@ -80,6 +80,8 @@ pub struct Engine {
     policy: Policy,
     started_at: Time,
     ports: BTreeMap<IfIndex, PortInfo>,
+    /// Bindings of links that are no ports at the moment.
+    detached: BTreeMap<IfIndex, BTreeSet<Key>>,
     segments: BTreeMap<SegmentId, Segment>,
     bindings: BTreeMap<Key, Binding>,
     by_mac: BTreeMap<(SegmentId, MacAddr), BTreeSet<Key>>,
@@ -102,6 +104,7 @@ impl Engine {
             policy,
             started_at: now,
             ports: BTreeMap::new(),
+            detached: BTreeMap::new(),
             segments: BTreeMap::new(),
             bindings: BTreeMap::new(),
             by_mac: BTreeMap::new(),
@@ -219,6 +222,7 @@ impl Engine {
         let known = self.ports.get_mut(&ifindex);
         let Some(info) = known else {
             self.ports.insert(ifindex, PortInfo::new(port));
+            self.plugged_in_again(ifindex, now);
             return;
         };
         let moved_from = (info.port.segment != port.segment).then_some(info.port.segment);
@@ -243,6 +247,33 @@ impl Engine {
         }
     }
 
+    /// A link that had been detached is a port again, perhaps of another bridge.
+    fn plugged_in_again(&mut self, port: IfIndex, now: Time) {
+        let segment = self.segment_of(port);
+        for key in self.detached.remove(&port).unwrap_or_default() {
+            let Some(binding) = self
+                .bindings
+                .get(&key)
+                .filter(|b| b.is_live() && b.port == port)
+            else {
+                continue;
+            };
+            if segment != Some(binding.key.segment) {
+                self.end(
+                    key,
+                    State::Moved,
+                    "its port went to another bridge".to_owned(),
+                    now,
+                );
+                continue;
+            }
+            if let Some(info) = self.ports.get_mut(&port) {
+                info.bindings.insert(key);
+            }
+            self.watch_again(key, now);
+        }
+    }
+
     fn port_down(&mut self, port: IfIndex, loss: PortLoss, now: Time) {
         let Some(info) = self.ports.get_mut(&port) else {
             return;
@@ -252,13 +283,22 @@ impl Engine {
         let segment = info.port.segment;
         match loss {
             // It is still a port: what comes back by it is known.
-            PortLoss::CarrierLost => {}
+            PortLoss::CarrierLost | PortLoss::LinkDown => {}
             PortLoss::Deleted | PortLoss::Detached => {
                 let transactions: Vec<_> = info.transactions.iter().copied().collect();
                 for (xid, mac) in transactions {
                     self.close_transaction(port, xid, mac);
                 }
                 self.ports.remove(&port);
+                if loss == PortLoss::Detached && !keys.is_empty() {
+                    // A port that never comes back keeps no more than what still lives.
+                    let bindings = &self.bindings;
+                    self.detached.retain(|_, keys| {
+                        keys.retain(|key| bindings.get(key).is_some_and(Binding::is_live));
+                        !keys.is_empty()
+                    });
+                    self.detached.insert(port, keys.iter().copied().collect());
+                }
                 if let Some(segment) = self.segments.get_mut(&segment)
                     && segment.uplinks.remove(&port)
                 {
@@ -306,7 +346,8 @@ impl Engine {
             return;
         };
         if binding.lost().is_some() && binding.state != State::Releasing {
-            self.begin_watch(key, None, false, now);
+            // Whoever opened the port may be another VM, and this one elsewhere.
+            self.begin_watch(key, None, true, now);
             self.send_probes(key, now);
         }
     }
@@ -1113,8 +1154,11 @@ impl Engine {
                 secs(now.since(watching.armed_at))
             );
             self.set_state(key, State::Silent, NoticeKind::Silent, reason, now);
-            // From here on every port of the segment counts: it may have moved.
-            self.begin_everywhere(key, now);
+            // From here on every port of the segment counts, for it may have moved; and the silence
+            // that a RELEASE stands on is one that was watched everywhere.
+            self.begin_watch(key, None, true, now);
+            self.send_probes(key, now);
+            return;
         }
         let Some(binding) = self.bindings.get(&key) else {
             return;
@@ -1612,24 +1656,6 @@ impl Engine {
         });
     }
 
-    /// Widens a running watch to the whole segment, and forgets nothing.
-    fn begin_everywhere(&mut self, key: Key, _now: Time) {
-        let Some(binding) = self.bindings.get_mut(&key) else {
-            return;
-        };
-        let Check::Watching(watching) = &mut binding.check else {
-            return;
-        };
-        watching.everywhere = true;
-        let own_port = Some(binding.port).filter(|_| watching.lost.is_none());
-        self.actions.push_back(Action::Arm {
-            key,
-            mac: binding.chaddr,
-            own_port,
-            everywhere: true,
-        });
-    }
-
     /// Something new was said about a binding whose death is being looked into: look anew.
     fn restart_hold(&mut self, key: Key, now: Time) {
         let Some(binding) = self
@@ -1861,6 +1887,7 @@ fn loss_text(loss: PortLoss) -> &'static str {
     match loss {
         PortLoss::Deleted => "deleted",
         PortLoss::CarrierLost => "carrier lost",
+        PortLoss::LinkDown => "link down",
         PortLoss::Detached => "detached from the bridge",
     }
 }

@@ -190,7 +190,7 @@ impl Case<'_> {
         if !evidence.armed {
             return hold("the watch is not armed");
         }
-        if let Some(at) = evidence.own_at {
+        if let Some(at) = evidence.own_at.filter(|at| *at >= watching.armed_at) {
             return hold(format!("a frame of it came {} ago", secs(now.since(at))));
         }
         if watching.everywhere
@@ -232,9 +232,14 @@ impl Case<'_> {
     }
 
     fn elsewhere(&self) -> Answer {
+        // What another binding of the same MAC saw before is not this one's.
+        let since = match self.binding.check {
+            Check::Watching(watching) => watching.armed_at,
+            Check::Idle | Check::Glancing => Time::ZERO,
+        };
         match (self.binding.state, self.binding.evidence) {
             (State::Moved, _) => hold("the VM moved"),
-            (_, Some((_, evidence))) if evidence.elsewhere.is_some() => {
+            (_, Some((_, evidence))) if evidence.elsewhere.is_some_and(|(at, _)| at >= since) => {
                 hold("it was seen behind another port")
             }
             _ => pass("not seen behind any other port"),
@@ -255,7 +260,9 @@ impl Case<'_> {
     pub fn hold(&self) -> Duration {
         match self.binding.lost() {
             // The VM runs on, on another bridge perhaps: that is no quicker than a silent one.
-            None | Some((_, PortLoss::Detached)) => self.policy.hold_down_silent,
+            None | Some((_, PortLoss::Detached | PortLoss::LinkDown)) => {
+                self.policy.hold_down_silent
+            }
             Some((_, PortLoss::Deleted | PortLoss::CarrierLost)) if self.uplink => {
                 self.policy.hold_down_uplink
             }

@@ -748,6 +748,8 @@ impl World {
                     let outcome = self.emit(node, &release);
                     Event::Released { key, outcome }
                 }
+                // Nothing outlives an agent here: one that starts again knows nothing.
+                Action::Save { .. } | Action::SaveTransaction { .. } => continue,
                 Action::Notify(notice) => {
                     self.mix(6 + notice.event as u64);
                     self.stats.moved += u64::from(notice.event == NoticeKind::Moved);
