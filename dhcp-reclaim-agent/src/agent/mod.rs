@@ -194,6 +194,10 @@ impl Agent {
                     for record in records? {
                         self.record(&record).await;
                     }
+                    // Where there is always a record to read, people are still answered.
+                    if let Ok(request) = self.requests.try_recv() {
+                        self.answer(request);
+                    }
                 }
                 () = sleep(wait) => {
                     self.drain().await;

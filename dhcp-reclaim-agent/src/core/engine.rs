@@ -1448,6 +1448,16 @@ impl Engine {
                 probe: Probe { via, vlan, ip, mac },
             });
         }
+        if watching.lost.is_some() && has_uplink && watching.probes < self.policy.misses {
+            // Of everybody too: the switches beyond still think that the MAC is here, and so send
+            // nothing for it to where it has moved; and another MAC may have the address by now.
+            // Whoever answers for the dead there costs a lease, no more.
+            let via = ProbeVia::Segment(key.segment);
+            let mac = MacAddr::BROADCAST;
+            self.actions.push_back(Action::Control {
+                probe: Probe { via, vlan, ip, mac },
+            });
+        }
         if let Some(probe) = control.filter(|_| watching.lost.is_some() && has_uplink) {
             self.actions.push_back(Action::Control { probe });
         }
