@@ -141,7 +141,8 @@ impl Forged {
 
     pub fn option(mut self, code: u8, value: &[u8]) -> Self {
         self.options.push(code);
-        self.options.push(u8::try_from(value.len()).unwrap_or(u8::MAX));
+        self.options
+            .push(u8::try_from(value.len()).unwrap_or(u8::MAX));
         self.options.extend(value);
         self
     }
@@ -157,12 +158,7 @@ impl Forged {
         bootp.extend(self.xid.to_be_bytes());
         bootp.extend([0, 0]);
         bootp.extend(self.flags.to_be_bytes());
-        for ip in [
-            self.ciaddr,
-            self.yiaddr,
-            Ipv4Addr::UNSPECIFIED,
-            self.giaddr,
-        ] {
+        for ip in [self.ciaddr, self.yiaddr, Ipv4Addr::UNSPECIFIED, self.giaddr] {
             bootp.extend(ip.octets());
         }
         bootp.extend(self.chaddr.0);

@@ -350,10 +350,11 @@ impl Vm {
                 command.args(["-B", "-4", "-A", "--noipv6rs", "-f", "/dev/null", "-c"]);
                 command.arg(&script);
                 match &self.client_id {
-                    ClientId::Default => {}
-                    ClientId::None => {
+                    // Its own default depends on its configuration file, which is empty here.
+                    ClientId::Default => {
                         command.args(["-I", ""]);
                     }
+                    ClientId::None => {}
                     ClientId::Given(id) => {
                         command.arg("-I").arg(hex(id, ":"));
                     }

@@ -31,8 +31,7 @@ impl World {
     /// dnsmasq elsewhere, with more arguments of its own.
     pub fn with_dnsmasq(args: &[&str], pool: u8) -> Result<Self> {
         let node = Node::new().context("cannot make the node")?;
-        let server =
-            Server::start_with(&node, ServerKind::Dnsmasq, Place::Remote, pool, args)?;
+        let server = Server::start_with(&node, ServerKind::Dnsmasq, Place::Remote, pool, args)?;
         Ok(Self { node, server })
     }
 

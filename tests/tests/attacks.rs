@@ -68,9 +68,15 @@ impl Attack {
 
     /// A claim is heard, and told about.
     fn conflict(&self) -> Result<()> {
-        let event = self.scene.agent.wait_event("conflict", self.victim_ip, PATIENCE)?;
+        let event = self
+            .scene
+            .agent
+            .wait_event("conflict", self.victim_ip, PATIENCE)?;
         let state = self.scene.agent.state(self.victim_ip)?;
-        ensure!(["bound", "silent"].contains(&state.as_str()), "{state} after {event:?}");
+        ensure!(
+            ["bound", "silent"].contains(&state.as_str()),
+            "{state} after {event:?}"
+        );
         Ok(())
     }
 }
@@ -496,7 +502,14 @@ enum Evidence {
 /// A VM answers its victim's real REQUEST, in the server's name, with a third VM's address. Then
 /// the victim dies: the third must not lose what was never the victim's.
 fn third_party(evidence: Evidence) -> Result<()> {
-    let attack = Attack::new(&["--hold-down-silent", "1m", "--record-rate", "2", "--record-burst", "20"])?;
+    let attack = Attack::new(&[
+        "--hold-down-silent",
+        "1m",
+        "--record-rate",
+        "2",
+        "--record-burst",
+        "20",
+    ])?;
     let Attack {
         mut attacker,
         attacker_ip,
@@ -513,19 +526,29 @@ fn third_party(evidence: Evidence) -> Result<()> {
     agent.wait_port_event("port-up", "vm5", PATIENCE)?;
     let hand = scene.nic(&victim)?;
     let at_victim = Capture::start(victim.netns(), "eth0")?;
-    hand.send(&selecting(victim.mac, pool_ip(16)).with(|f| f.to_mac = attacker.mac).frame())?;
+    hand.send(
+        &selecting(victim.mac, pool_ip(16))
+            .with(|f| f.to_mac = attacker.mac)
+            .frame(),
+    )?;
     agent.wait_event("requested", pool_ip(16), PATIENCE)?;
     if evidence == Evidence::Spent {
         // Records that mean nothing to anybody, until no more are taken.
         for n in 0..200 {
             let other = Ipv4Addr::new(10, 67, 0, 77).octets();
-            nic.send(&Forged::client(RELEASE, attacker.mac, n).option(54, &other).frame())?;
+            nic.send(
+                &Forged::client(RELEASE, attacker.mac, n)
+                    .option(54, &other)
+                    .frame(),
+            )?;
         }
     }
     let forged = Forged::server(ACK, (attacker.mac, SERVER_IP), victim.mac, XID, third_ip);
     nic.send(&forged.frame())?;
     at_victim.wait("the forged ACK", PATIENCE, |frame| {
-        frame.dhcp().is_some_and(|dhcp| dhcp.kind() == Some(ACK) && dhcp.xid == XID)
+        frame
+            .dhcp()
+            .is_some_and(|dhcp| dhcp.kind() == Some(ACK) && dhcp.xid == XID)
     })?;
     victim.kill(KillKind::PortDeleted)?;
     if evidence == Evidence::Spent {
@@ -562,7 +585,9 @@ fn cloned(kind: ServerKind) -> Result<()> {
     println!("NOTE {kind} gives two VMs with one client-id {first_ip} and {second_ip}");
     scene.agent.until("the second's lease", PATIENCE, |agent| {
         let binding = agent.binding(second_ip)?;
-        Ok(binding.filter(|binding| binding.is_of(second.mac)).map(drop))
+        Ok(binding
+            .filter(|binding| binding.is_of(second.mac))
+            .map(drop))
     })?;
     let (mut canary, canary_ip) = scene.living(3)?;
     // The one that the server knows last dies; the other uses the address, and is quiet.
@@ -571,7 +596,10 @@ fn cloned(kind: ServerKind) -> Result<()> {
     scene.agent.wait_port_event("port-lost", "vm2", PATIENCE)?;
     scene.dies(&mut canary, canary_ip)?;
     scene.no_release_within(second_ip, Duration::from_secs(1))?;
-    ensure!(scene.world.server.has(first_ip)?, "the living lost its lease");
+    ensure!(
+        scene.world.server.has(first_ip)?,
+        "the living lost its lease"
+    );
     ensure!(first.lease() == Some(first_ip));
     scene.healthy()?;
     first.kill(KillKind::PortDeleted)?;

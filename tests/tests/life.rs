@@ -43,7 +43,10 @@ fn clients(kind: ServerKind, client: Client, ids: &[ClientId]) -> Result<()> {
         }
         vm.kill(KillKind::PortDeleted)?;
         let release = scene.wait_release(ip).with_context(|| what.clone())?;
-        ensure!(release.option(61).map(<[u8]>::to_vec) == id, "{what}: {release:?}");
+        ensure!(
+            release.option(61).map(<[u8]>::to_vec) == id,
+            "{what}: {release:?}"
+        );
         scene.freed(ip).with_context(|| what)?;
     }
     Ok(())
@@ -80,7 +83,10 @@ clients! {
 }
 
 fn says(event: &Event, ip: Ipv4Addr, what: &str) -> bool {
-    event.ip == Some(ip) && event.json["reason"].as_str().is_some_and(|r| r.starts_with(what))
+    event.ip == Some(ip)
+        && event.json["reason"]
+            .as_str()
+            .is_some_and(|r| r.starts_with(what))
 }
 
 /// When the agent thinks that the lease ends.
@@ -110,7 +116,8 @@ impl ByHand {
 fn ack(mac: Mac, ip: Ipv4Addr, id: Ipv4Addr) -> Forged {
     let mut ack = Forged::server(ACK, (SERVER_MAC, SERVER_IP), mac, XID, ip);
     ack.options = vec![53, 1, ACK];
-    ack.option(54, &id.octets()).option(51, &3600_u32.to_be_bytes())
+    ack.option(54, &id.octets())
+        .option(51, &3600_u32.to_be_bytes())
 }
 
 fn renewing(mac: Mac, ip: Ipv4Addr) -> Forged {
@@ -222,6 +229,9 @@ lab_test! {
             event.name == "bound" && event.ip != Some(first)
         })?;
         let second = bound.ip.context("no address")?;
+        scene.agent.until("its use", PATIENCE, |_| {
+            Ok((vm.lease() == Some(second)).then_some(()))
+        })?;
         vm.ping(SERVER_IP)?;
         vm.kill(KillKind::PortDeleted)?;
         scene.freed(second)?;

@@ -39,7 +39,10 @@ impl Cluster {
             .quick()
             .args(args)
             .start()?;
-        let world = World { node: node1, server };
+        let world = World {
+            node: node1,
+            server,
+        };
         Ok(Self {
             scene: Scene::in_world(world, args)?,
             second,

@@ -194,7 +194,9 @@ impl Agent {
                     for record in records? {
                         self.record(&record).await;
                     }
-                    // Where there is always a record to read, people are still answered.
+                    // Where there is always a record to read, people are still answered: this
+                    // loop shares its thread with the tasks that hear them.
+                    tokio::task::yield_now().await;
                     if let Ok(request) = self.requests.try_recv() {
                         self.answer(request);
                     }

@@ -201,17 +201,17 @@ impl Case<'_> {
                 watching.probes, self.policy.misses
             ));
         }
-        if watching
-            .probed_at
-            .is_some_and(|at| now.since(at) < self.probe_wait())
-        {
-            return hold("the latest probe may still be answered");
-        }
         if watching.lost.is_some()
             && self.uplink
             && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
         {
             return hold("nothing was heard on the uplink since: the segment may be cut");
+        }
+        if watching
+            .probed_at
+            .is_some_and(|at| now.since(at) < self.probe_wait())
+        {
+            return hold("the latest probe may still be answered");
         }
         pass(format!(
             "{} probes unanswered, not a frame for {}",
