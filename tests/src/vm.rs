@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
 use crate::{
@@ -33,6 +33,7 @@ pub enum Client {
     UdhcpcChecking,
     Dhclient,
     Dhcpcd,
+    Networkd,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,6 +180,7 @@ impl Vm {
         match client {
             Client::Udhcpc | Client::UdhcpcChecking => process.signal(Signal::SIGUSR2),
             Client::Dhcpcd => process.signal(Signal::SIGALRM),
+            Client::Networkd => bail!("systemd-networkd gives nothing back when asked to"),
             Client::Dhclient => {
                 process.kill();
                 let mut command = dhclient(&self.netns, &self.dir, &self.client_id)?;
@@ -302,6 +304,7 @@ impl Vm {
             Client::Udhcpc | Client::UdhcpcChecking => UDHCPC_SCRIPT,
             Client::Dhclient => DHCLIENT_SCRIPT,
             Client::Dhcpcd => DHCPCD_SCRIPT,
+            Client::Networkd => NETWORKD_SCRIPT,
         };
         fs::write(
             &script,
@@ -362,7 +365,20 @@ impl Vm {
                 command.arg(NIC);
                 command
             }
+            // Below.
+            Client::Networkd => self.netns.command("/bin/false"),
         };
+        if client == Client::Networkd {
+            let daemon = Path::new("/usr/lib/systemd/systemd-networkd");
+            ensure!(daemon.exists(), "{} is not installed", daemon.display());
+            let network = self.dir.join("10-vm.network");
+            fs::write(&network, NETWORKD_NETWORK)?;
+            command = self.netns.command("/usr/bin/unshare");
+            command
+                .arg("--mount")
+                .arg(&script)
+                .args([network.as_path(), daemon]);
+        }
         command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         Ok(command)
     }
@@ -440,6 +456,36 @@ for dir in /var/lib/dhcpcd /run/dhcpcd; do
 done
 exec "$@"
 "#;
+
+/// It keeps its files in one place too, and without a writable `/sys` waits for no udev.
+const NETWORKD_SCRIPT: &str = r#"#!/bin/sh
+set -e
+mkdir -p /run/systemd
+mount -t tmpfs none /run/systemd
+mkdir -p /run/systemd/network /run/systemd/netif/leases /run/systemd/netif/links
+mount -t sysfs -o ro none /sys
+cp "$1" /run/systemd/network/
+chown -R systemd-network /run/systemd/netif
+ip -o -4 monitor address | while read -r _ name family address _; do
+    if [ "$name" = eth0 ] && [ "$family" = inet ]; then
+        echo "bound ${address%/*}" >>@LEASE@
+    fi
+done &
+exec "$2"
+"#;
+
+const NETWORKD_NETWORK: &str = "\
+[Match]
+Name=eth0
+
+[Network]
+DHCP=ipv4
+LinkLocalAddressing=no
+IPv6AcceptRA=no
+
+[DHCPv4]
+SendRelease=no
+";
 
 /// Datagrams at a steady pace.
 struct Traffic {

@@ -2,7 +2,7 @@
 //!
 //! That a server gives a lease up is also the proof that the RELEASE named the client as the client
 //! had named itself.
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, path::Path};
 
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
@@ -10,8 +10,11 @@ use dhcp_reclaim_tests::{
     fixture::{Mac, NIC, SERVER_IP, SERVER_MAC, pool_ip, vm_mac},
     forge::{BROADCAST_MAC, Forged, Nic, tagged_arp},
     lab_test,
+    node::Node,
+    process::Process,
+    sandbox::{DIR, find, foreign, skip},
     scene::Scene,
-    server::{Place, ServerKind},
+    server::{Place, Server, ServerKind},
     vm::{Client, ClientId, KillKind, Vm},
     wire::{ACK, DISCOVER, Frame, NAK, RELEASE, REQUEST},
     world::{PATIENCE, World},
@@ -315,8 +318,56 @@ lab_test! {
         Ok(())
     }
 
+    /// Its client-id is made of the machine-id: the one that clones of an image share.
     fn systemd_networkd() {
-        dhcp_reclaim_tests::sandbox::skip("networkd wants a system manager around it; see the report")
+        if !Path::new("/usr/lib/systemd/systemd-networkd").exists() {
+            return skip("systemd-networkd is not installed");
+        }
+        clients(ServerKind::Dnsmasq, Client::Networkd, &[ClientId::Default])
+    }
+
+    /// The server is beyond a router that relays: its ACKs come from the relay's MAC, and the RELEASE
+    /// is routed to it.
+    fn a_server_behind_a_relay() {
+        if find("dhcrelay").is_none() {
+            return skip("dhcrelay is not installed");
+        }
+        let far = Ipv4Addr::new(10, 68, 0, 1);
+        let near = Ipv4Addr::new(10, 67, 0, 3);
+        let relay_mac = Mac([2, 0xdc, 0, 0, 7, 1]);
+        let node = Node::new()?;
+        let relay = Node::elsewhere(relay_mac)?;
+        node.cable_to(&relay, "vmside", Mac([2, 0xdc, 0, 0, 7, 2]))?;
+        let server = Server::start(&relay, ServerKind::Dnsmasq, Place::Remote, 5)?;
+        server.netns().ip(&format!(
+            "addr flush dev {NIC}
+             addr add {far}/24 dev {NIC}
+             route add 10.67.0.0/24 via 10.68.0.2"
+        ))?;
+        relay.netns.ip(&format!(
+            "link set vmside nomaster
+             addr add {near}/24 dev vmside
+             addr add 10.68.0.2/24 dev br0"
+        ))?;
+        relay.netns.shell("echo 1 >/proc/sys/net/ipv4/ip_forward")?;
+        let mut command = relay.netns.command(foreign("dhcrelay")?);
+        command.args(["-4", "-d", "--no-pid", "-a", "-id", "vmside", "-iu", "br0", &far.to_string()]);
+        let mut process = Process::spawn(Path::new(DIR), "relay", &mut command)?;
+        process.wait_log(&["Sending on   Socket/fallback"], PATIENCE)?;
+
+        let scene = Scene::in_world(World { node, server }, &[])?;
+        let mut vm = scene.world.boot(1)?;
+        let ip = vm.wait_lease(PATIENCE).with_context(|| process.log())?;
+        scene.agent.wait_event("bound", ip, PATIENCE)?;
+        let binding = scene.agent.binding(ip)?.context("no binding")?;
+        ensure!(binding.server == Some(far), "{binding:?}");
+        vm.ping(near)?;
+        vm.kill(KillKind::PortDeleted)?;
+        scene.agent.wait_event("silent", ip, PATIENCE)?;
+        // A router does not answer ARP for what is behind it: here it speaks by itself.
+        let router = Nic::open(&relay.netns, "vmside")?;
+        router.send(&tagged_arp(&[], 1, (relay_mac, near), (BROADCAST_MAC, near)))?;
+        scene.freed(ip)
     }
 }
 
