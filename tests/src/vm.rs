@@ -124,6 +124,15 @@ impl Vm {
         self.netns.ip(&format!("link set {NIC} up"))
     }
 
+    /// Waits until the bridge of the sandbox's own node hands frames on to the port: that comes up to
+    /// a second after the link. A client asks again; a frame by hand is lost.
+    pub fn wait_forwarding(&self, timeout: Duration) -> Result<()> {
+        let state = format!("/sys/class/net/{}/brport/state", self.name);
+        until(&self.dir, timeout, "a port that forwards", || {
+            Ok((fs::read_to_string(&state)?.trim() == "3").then_some(()))
+        })
+    }
+
     pub fn start_client(&mut self, client: Client) -> Result<()> {
         let process = Process::spawn(&self.dir, "client", &mut self.client_command(client)?)?;
         self.client = Some((client, process));

@@ -524,6 +524,7 @@ fn third_party(evidence: Evidence) -> Result<()> {
     let mut victim = Vm::off(&scene.world.node, "vm5", vm_mac(5))?;
     victim.plug_in()?;
     agent.wait_port_event("port-up", "vm5", PATIENCE)?;
+    victim.wait_forwarding(PATIENCE)?;
     let hand = scene.nic(&victim)?;
     let at_victim = Capture::start(victim.netns(), "eth0")?;
     hand.send(
@@ -614,6 +615,7 @@ fn absurd(scene: &Scene, number: u8, times: [u32; 3], lasts: bool) -> Result<()>
     let mut vm = Vm::off(&scene.world.node, &name, vm_mac(number))?;
     vm.plug_in()?;
     agent.wait_port_event("port-up", &name, PATIENCE)?;
+    vm.wait_forwarding(PATIENCE)?;
     let nic = scene.nic(&vm)?;
     let server = Nic::open(scene.world.server.netns(), "eth0")?;
     let ip = Ipv4Addr::new(10, 67, 0, 220 + number);

@@ -111,6 +111,7 @@ impl ByHand {
         let mut vm = Vm::off(&scene.world.node, &name, vm_mac(number))?;
         vm.plug_in()?;
         scene.agent.wait_port_event("port-up", &name, PATIENCE)?;
+        vm.wait_forwarding(PATIENCE)?;
         let nic = scene.nic(&vm)?;
         Ok(Self { vm, nic })
     }
