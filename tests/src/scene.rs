@@ -80,7 +80,9 @@ impl Scene {
         gone.with_context(|| {
             let gates = self.agent.ask_text(&["explain", &ip.to_string()]);
             format!("{}\n{}", self.story(), gates.unwrap_or_default())
-        })
+        })?;
+        // The server can be quicker than whoever reads the capture.
+        self.wait_release(ip).map(drop)
     }
 
     /// The same for one whose bindings were put in doubt: it speaks once more, and is believed.

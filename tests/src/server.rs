@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::{
@@ -58,6 +59,17 @@ pub struct Server {
 impl Server {
     /// Starts a server for a pool of exactly `pool` addresses, and waits until it serves.
     pub fn start(node: &Node, kind: ServerKind, place: Place, pool: u8) -> Result<Self> {
+        Self::start_with(node, kind, place, pool, &[])
+    }
+
+    /// The same with more arguments for its command line; without a pool, they name it.
+    pub fn start_with(
+        node: &Node,
+        kind: ServerKind,
+        place: Place,
+        pool: u8,
+        args: &[&str],
+    ) -> Result<Self> {
         let (netns, link) = match place {
             Place::Remote => (behind_uplink(node)?, NIC),
             Place::Local => {
@@ -75,7 +87,7 @@ impl Server {
         let dir = Path::new(DIR).join("server");
         fs::create_dir_all(&dir)?;
         let (store, mut process) = match kind {
-            ServerKind::Dnsmasq => dnsmasq(&dir, &netns, link, pool)?,
+            ServerKind::Dnsmasq => dnsmasq(&dir, &netns, link, pool, args)?,
             ServerKind::Kea => kea(&dir, &netns, link, pool)?,
             ServerKind::Isc => isc(&dir, &netns, link, pool)?,
         };
@@ -149,6 +161,15 @@ impl Server {
 
     pub fn log(&self) -> String {
         self.process.log()
+    }
+
+    /// Stops the server between two instructions.
+    pub fn freeze(&self) -> Result<()> {
+        self.process.signal(Signal::SIGSTOP)
+    }
+
+    pub fn thaw(&self) -> Result<()> {
+        self.process.signal(Signal::SIGCONT)
     }
 
     /// Kea and dhcpd append to their stores; dnsmasq truncates its file and writes it anew, so a
@@ -230,7 +251,13 @@ fn last_ip(pool: u8) -> Ipv4Addr {
     pool_ip(pool.saturating_sub(1))
 }
 
-fn dnsmasq(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, Process)> {
+fn dnsmasq(
+    dir: &Path,
+    netns: &NetNs,
+    link: &str,
+    pool: u8,
+    args: &[&str],
+) -> Result<(PathBuf, Process)> {
     let store = dir.join("dnsmasq.leases");
     fs::write(&store, "")?;
     let mut command = netns.command(foreign("dnsmasq")?);
@@ -249,13 +276,16 @@ fn dnsmasq(dir: &Path, netns: &NetNs, link: &str, pool: u8) -> Result<(PathBuf, 
     ]);
     command.args([
         format!("--interface={link}"),
-        format!(
+        format!("--dhcp-leasefile={}", store.display()),
+    ]);
+    if pool > 0 {
+        command.arg(format!(
             "--dhcp-range={},{},{NETMASK},{LEASE_SECONDS}",
             pool_ip(0),
             last_ip(pool),
-        ),
-        format!("--dhcp-leasefile={}", store.display()),
-    ]);
+        ));
+    }
+    command.args(args);
     Ok((store, Process::spawn(dir, "dnsmasq", &mut command)?))
 }
 
@@ -327,7 +357,9 @@ fn dnsmasq_leases(text: &str, now: u64) -> Result<Vec<Lease>> {
         else {
             bail!("short line {line:?}");
         };
-        if expiry.parse::<u64>()? > now {
+        let expiry: u64 = expiry.parse()?;
+        // Zero is never.
+        if expiry == 0 || expiry > now {
             leases.push(Lease {
                 ip: ip.parse()?,
                 mac: mac.parse()?,

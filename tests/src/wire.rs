@@ -16,7 +16,7 @@ use nix::{
     libc,
     net::if_::if_nametoindex,
     sys::{
-        socket::{LinkAddr, recvfrom, setsockopt, sockopt},
+        socket::{setsockopt, sockopt},
         time::TimeVal,
     },
 };
@@ -47,6 +47,8 @@ pub struct Frame {
     pub at: Instant,
     /// Sent by the host that captures, not received.
     pub outgoing: bool,
+    /// The identifier of a tag that the kernel took out of the bytes.
+    pub vlan: Option<u16>,
     pub bytes: Vec<u8>,
 }
 
@@ -89,6 +91,7 @@ impl Capture {
         })?;
         // Only so that the reader looks at its stop flag now and then.
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(0, 50_000))?;
+        want_tags(&socket)?;
         let shared = Arc::new(Shared::default());
         let reader = std::thread::spawn({
             let shared = Arc::clone(&shared);
@@ -176,6 +179,7 @@ impl Frame {
         Self {
             at: now(),
             outgoing: true,
+            vlan: None,
             bytes,
         }
     }
@@ -280,16 +284,17 @@ fn read(socket: &OwnedFd, index: usize, shared: &Shared) {
     let mut buffer = vec![0; 65536];
     while !shared.stop.load(Ordering::Relaxed) {
         // A link that goes down or away wakes us with an error; the next one may still come.
-        let Ok((length, Some(from))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer) else {
+        let Some(received) = receive(socket, &mut buffer) else {
             continue;
         };
-        if from.ifindex() != index {
+        if usize::try_from(received.from.sll_ifindex) != Ok(index) {
             continue;
         }
         let frame = Frame {
             at: now(),
-            outgoing: from.pkttype() == libc::PACKET_OUTGOING,
-            bytes: buffer[..length].to_vec(),
+            outgoing: received.from.sll_pkttype == PACKET_OUTGOING,
+            vlan: received.vlan,
+            bytes: buffer[..received.length].to_vec(),
         };
         shared
             .frames
@@ -298,4 +303,68 @@ fn read(socket: &OwnedFd, index: usize, shared: &Shared) {
             .push(frame);
         shared.more.notify_all();
     }
+}
+
+const PACKET_OUTGOING: u8 = 4;
+
+struct Received {
+    length: usize,
+    from: libc::sockaddr_ll,
+    vlan: Option<u16>,
+}
+
+fn want_tags(socket: &OwnedFd) -> Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: an int that lives for the call, with its size.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_AUXDATA,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    Errno::result(result).context("PACKET_AUXDATA")?;
+    Ok(())
+}
+
+fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<Received> {
+    let mut control = [0_u64; 16];
+    // SAFETY: plain old data, for which all zero is a value.
+    let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: as above.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = (&raw mut from).cast();
+    header.msg_namelen = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&control);
+    // SAFETY: all that the header points to lives for the call, with the lengths given.
+    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, 0) };
+    let length = usize::try_from(length).ok()?;
+    let mut vlan = None;
+    // SAFETY: the kernel has just filled the header; the macros stay within its control buffer.
+    unsafe {
+        let mut message = libc::CMSG_FIRSTHDR(&raw const header);
+        while !message.is_null() {
+            if (*message).cmsg_level == libc::SOL_PACKET
+                && (*message).cmsg_type == libc::PACKET_AUXDATA
+            {
+                let aux = libc::CMSG_DATA(message)
+                    .cast::<libc::tpacket_auxdata>()
+                    .read_unaligned();
+                if aux.tp_status & libc::TP_STATUS_VLAN_VALID != 0 {
+                    vlan = Some(aux.tp_vlan_tci & 0xfff);
+                }
+            }
+            message = libc::CMSG_NXTHDR(&raw const header, message);
+        }
+    }
+    Some(Received { length, from, vlan })
 }

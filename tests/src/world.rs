@@ -28,6 +28,13 @@ impl World {
         Ok(Self { node, server })
     }
 
+    /// dnsmasq elsewhere, with more arguments of its own.
+    pub fn with_dnsmasq(args: &[&str], pool: u8) -> Result<Self> {
+        let node = Node::new().context("cannot make the node")?;
+        let server = Server::start_with(&node, ServerKind::Dnsmasq, Place::Remote, pool, args)?;
+        Ok(Self { node, server })
+    }
+
     /// An agent for this world, not started yet.
     pub fn agent(&self, hook: Hook) -> Setup {
         Setup::new(self.server.place, hook)

@@ -215,6 +215,12 @@ impl Agent {
                 ready = self.ring.ready() => {
                     ready?;
                     self.read_batch().await;
+                    // Where there is always a record to read, people are still answered: this
+                    // loop shares its thread with the tasks that hear them.
+                    tokio::task::yield_now().await;
+                    if let Ok(request) = self.requests.try_recv() {
+                        self.answer(request);
+                    }
                 }
                 () = sleep(wait) => {
                     self.drain().await;

@@ -540,14 +540,17 @@ impl Engine {
         let id = (message.xid, message.chaddr, message.port);
         let Some(transaction) = self.transactions.get(&id).cloned() else {
             self.add("answers_unasked", 1);
+            self.contradicted(segment, message, now);
             return;
         };
         if message.seen_at.since(transaction.at) > TRANSACTION || message.vlan != transaction.vlan {
             self.add("answers_unasked", 1);
+            self.contradicted(segment, message, now);
             return;
         }
         if transaction.poisoned {
             self.add("answers_poisoned", 1);
+            self.contradicted(segment, message, now);
             return;
         }
         match message.kind {
@@ -870,6 +873,24 @@ impl Engine {
     fn sooner(&mut self, key: Key, expires: Option<Time>) {
         if let Some(binding) = self.bindings.get_mut(&key) {
             binding.expires = binding.expires.into_iter().chain(expires).min();
+        }
+    }
+
+    /// An ACK that is not believed may still be the server's: it binds nothing, but whose address it
+    /// names is in doubt.
+    fn contradicted(&mut self, segment: SegmentId, message: &Message, now: Time) {
+        let (MessageType::Ack, Some(ip)) = (message.kind, message.yiaddr) else {
+            return;
+        };
+        let key = Key {
+            segment,
+            vlan: message.vlan,
+            ip,
+        };
+        let other = |binding: &Binding| binding.is_live() && binding.chaddr != message.chaddr;
+        if self.bindings.get(&key).is_some_and(other) {
+            let reason = format!("a doubtful answer leases it to {}", message.chaddr);
+            self.in_conflict(key, reason, now);
         }
     }
 
@@ -1585,6 +1606,16 @@ impl Engine {
         self.add("probes_sent", 1);
         if watching.everywhere && watching.lost.is_none() {
             let via = ProbeVia::Segment(key.segment);
+            self.actions.push_back(Action::Control {
+                probe: Probe { via, vlan, ip, mac },
+            });
+        }
+        if watching.everywhere && has_uplink && watching.probes < self.policy.misses {
+            // Of everybody too: the switches beyond still think that the MAC is here, and so send
+            // nothing for it to where it has moved; and another MAC may have the address by now.
+            // Whoever answers for the dead there costs a lease, no more.
+            let via = ProbeVia::Segment(key.segment);
+            let mac = MacAddr::BROADCAST;
             self.actions.push_back(Action::Control {
                 probe: Probe { via, vlan, ip, mac },
             });

@@ -846,7 +846,8 @@ impl World {
                 ProbeVia::Port(port) => it.node == node && it.port == Some(port),
                 ProbeVia::Segment(_) => it.node == node || (self.open(node) && self.open(it.node)),
             };
-            let answers = it.mac == probe.mac && it.ip == Some(probe.ip) && it.answers_arp;
+            let to_it = probe.mac == it.mac || probe.mac == MacAddr::BROADCAST;
+            let answers = to_it && it.ip == Some(probe.ip) && it.answers_arp;
             let incarnation = it.incarnation;
             if !reached || !answers || !self.speaks(vm, incarnation) {
                 continue;
