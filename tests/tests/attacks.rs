@@ -611,8 +611,11 @@ fn cloned(kind: ServerKind) -> Result<()> {
     let boot = |number: u8| -> Result<(Vm, Ipv4Addr)> {
         let mut vm = Vm::off(&scene.world.node, &format!("vm{number}"), vm_mac(number))?;
         vm.client_id = ClientId::Given(b"\0one image, many VMs".to_vec());
-        vm.start_client(Client::Udhcpc)?;
         vm.plug_in()?;
+        // What a client says in the moments before its port is watched is not heard.
+        let port = format!("vm{number}");
+        scene.agent.wait_port_event("port-up", &port, PATIENCE)?;
+        vm.start_client(Client::Udhcpc)?;
         let ip = vm.wait_lease(PATIENCE)?;
         scene.world.server.wait_lease(ip, vm.mac, PATIENCE)?;
         Ok((vm, ip))
