@@ -226,7 +226,7 @@ pub struct Options {
     /// Stop if more than this part of all bindings dies in one window; or `off` [default: 0.5]
     #[arg(long, value_name = "FRACTION", help_heading = "Limits")]
     pub breaker: Option<Breaker>,
-    /// Bindings from which on the breaker judges [default: 32]
+    /// Deaths in one window that never open the breaker [default: 32]
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     pub breaker_min: Option<u32>,
     /// The breaker's window [default: 1m]

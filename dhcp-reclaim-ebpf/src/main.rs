@@ -82,6 +82,7 @@ pub fn vm_egress(ctx: TcContext) -> i32 {
     // Answers are rare and nothing else is looked at: not even the port's slot, before that test.
     if ctx.is_candidate()
         && let Some(slot) = slot(ctx.ifindex())
+        && !from_vm(&ctx)
     {
         dhcp::<TcContext>(ctx.raw(), slot, DIRECTION_TO_PORT);
     }
@@ -511,6 +512,19 @@ fn dhcp<C: Context>(raw: *mut C::Raw, slot: &mut PortSlot, direction: u8) {
     record.direction = direction;
     record.role = slot.role;
     push(slot, record);
+}
+
+/// Whether a frame on its way out came in by a VM's port. What a VM says in a server's name is
+/// heard there as a rogue's; it is no answer, also when that record was lost.
+#[inline(never)]
+fn from_vm(ctx: &TcContext) -> bool {
+    // SAFETY: a field of the context that the kernel gave us.
+    let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
+    let Some(slot) = PORTS.get_ptr(came_by & (PORT_SLOTS - 1)) else {
+        return false;
+    };
+    // SAFETY: a live map value.
+    unsafe { came_by != 0 && (*slot).ifindex == came_by && (*slot).role == ROLE_VM }
 }
 
 /// Hands the record to the agent, or counts why not.

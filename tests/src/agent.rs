@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::{
     clock::{Deadline, now},
     fixture::{BRIDGE, Mac, UPLINK},
+    netns::NetNs,
     process::Process,
     sandbox::{BPFFS, DIR, run},
     server::Place,
@@ -51,6 +52,8 @@ pub struct Setup {
     control: PathBuf,
     state: PathBuf,
     name: String,
+    /// Of the node that it runs on, if that is not the sandbox's own.
+    netns: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -61,6 +64,8 @@ pub struct Binding {
     pub port: Option<String>,
     pub server: Option<Ipv4Addr>,
     pub server_mac: Option<String>,
+    #[serde(flatten)]
+    pub rest: Value,
 }
 
 #[derive(Clone, Debug)]
@@ -92,6 +97,7 @@ impl Setup {
             control: Path::new(DIR).join("control.sock"),
             state: STATE.into(),
             name: "agent".to_owned(),
+            netns: None,
         }
         .args(&["--bridge", BRIDGE, "--bpffs", BPFFS]);
         if place == Place::Remote {
@@ -129,6 +135,22 @@ impl Setup {
         self
     }
 
+    /// Another node's agent: its own namespace, BPF file system, socket and log.
+    pub fn on(mut self, netns: &NetNs, name: &str) -> Result<Self> {
+        let bpffs = Path::new(DIR).join(format!("{name}-bpf"));
+        std::fs::create_dir_all(&bpffs)?;
+        run(Command::new("/bin/mount")
+            .args(["-t", "bpf", "bpf"])
+            .arg(&bpffs))?;
+        for arg in &mut self.args {
+            if arg == BPFFS {
+                *arg = bpffs.clone().into();
+            }
+        }
+        self.netns = Some(netns.path());
+        Ok(self.named(name))
+    }
+
     /// Another socket, memory and log, for a second agent.
     pub fn named(mut self, name: &str) -> Self {
         self.control = Path::new(DIR).join(format!("{name}.sock"));
@@ -144,7 +166,14 @@ impl Setup {
     }
 
     pub fn command(&self) -> Result<Command> {
-        let mut command = Command::new(binary()?);
+        let mut command = match &self.netns {
+            None => Command::new(binary()?),
+            Some(netns) => {
+                let mut command = Command::new("/usr/bin/nsenter");
+                command.arg(format!("--net={netns}")).arg(binary()?);
+                command
+            }
+        };
         command.arg("run").args(&self.args);
         command.arg("--control").arg(&self.control);
         command.arg("--state").arg(&self.state);
@@ -302,8 +331,68 @@ impl Agent {
         Ok(())
     }
 
+    /// Memory that it has in use, in bytes.
+    pub fn rss(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.process.pid());
+        let status = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|text| text.split_whitespace().next());
+        Ok(kib.with_context(|| path)?.parse::<u64>()? * 1024)
+    }
+
+    /// A counter, also one that was not needed yet.
+    pub fn counter(&self, name: &str) -> Result<u64> {
+        let stats = self.ask(&["stats", "--json"])?;
+        Ok(stats.get(name).and_then(Value::as_u64).unwrap_or(0))
+    }
+
+    /// Waits until `look` is content; asked again at each event, and now and then.
+    pub fn until<T>(
+        &self,
+        what: &str,
+        timeout: Duration,
+        mut look: impl FnMut(&Self) -> Result<Option<T>>,
+    ) -> Result<T> {
+        let deadline = Deadline::after(timeout);
+        loop {
+            let seen = self.events().len();
+            if let Some(answer) = look(self)? {
+                return Ok(answer);
+            }
+            if deadline.passed() {
+                // The wait for an event that never comes says what was told so far.
+                self.wait(what, Duration::ZERO, |_| false)?;
+            }
+            self.next_event(seen, Duration::from_millis(100));
+        }
+    }
+
+    /// Waits until nothing about `ip` is in doubt: the gate `confirmed` passes.
+    pub fn wait_certain(&self, ip: Ipv4Addr, timeout: Duration) -> Result<()> {
+        self.until(&format!("certainty about {ip}"), timeout, |agent| {
+            Ok((agent.gate(ip, "confirmed")?.0 == "pass").then_some(()))
+        })
+    }
+
+    /// What a gate says about `ip` now: its verdict and reason.
+    pub fn gate(&self, ip: Ipv4Addr, name: &str) -> Result<(String, String)> {
+        let explained = self.explain(ip)?;
+        let gates = find(&explained, "gates").and_then(Value::as_array);
+        let gates = gates.with_context(|| format!("no gates in {explained}"))?;
+        let gate = gates.iter().find(|gate| gate["gate"] == name);
+        let gate = gate.with_context(|| format!("no gate {name} in {explained}"))?;
+        let text = |field: &str| gate[field].as_str().unwrap_or_default().to_owned();
+        Ok((text("verdict"), text("reason")))
+    }
+
     pub fn log(&self) -> String {
         self.process.log()
+    }
+
+    /// What a command answers, for people.
+    pub fn ask_text(&self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new(binary()?);
+        run(command.args(args).arg("--control").arg(&self.control))
     }
 
     pub fn control(&self) -> &Path {
@@ -339,6 +428,7 @@ impl Events {
             .args(["events", "--follow", "--json", "--control"])
             .arg(control)
             .stdin(Stdio::null())
+            .stderr(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot follow events")?;
@@ -408,6 +498,17 @@ impl FromStr for Hook {
             "xdp" => Ok(Self::Xdp),
             other => bail!("{other:?} is none of tc, xdp"),
         }
+    }
+}
+
+/// The first value of this name, at whatever depth.
+fn find<'a>(json: &'a Value, name: &str) -> Option<&'a Value> {
+    match json {
+        Value::Object(map) => map
+            .get(name)
+            .or_else(|| map.values().find_map(|value| find(value, name))),
+        Value::Array(list) => list.iter().find_map(|value| find(value, name)),
+        _ => None,
     }
 }
 

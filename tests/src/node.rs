@@ -2,7 +2,7 @@
 use anyhow::Result;
 
 use crate::{
-    fixture::{BRIDGE, BRIDGE_MAC},
+    fixture::{BRIDGE, BRIDGE_MAC, Mac, UPLINK},
     netns::NetNs,
 };
 
@@ -15,6 +15,34 @@ impl Node {
         let node = Self::without_bridge()?;
         node.add_bridge()?;
         Ok(node)
+    }
+
+    /// Another machine: a namespace of its own, with a bridge of its own.
+    pub fn elsewhere(bridge_mac: Mac) -> Result<Self> {
+        Self::within(NetNs::new()?, bridge_mac)
+    }
+
+    /// A namespace that becomes a node: a VM with VMs of its own.
+    pub fn within(netns: NetNs, bridge_mac: Mac) -> Result<Self> {
+        let node = Self { netns };
+        node.add_bridge()?;
+        node.netns
+            .ip(&format!("link set {BRIDGE} address {bridge_mac}"))?;
+        Ok(node)
+    }
+
+    /// Lays a cable from this node's uplink to a port of `switch` that is called `name`.
+    pub fn cable_to(&self, switch: &Self, name: &str, mac: Mac) -> Result<()> {
+        self.netns.ip(&format!(
+            "link add {UPLINK} address {mac} type veth peer name {name} netns {}
+             link set {UPLINK} master {BRIDGE}
+             link set {UPLINK} up",
+            switch.netns.path(),
+        ))?;
+        switch.netns.ip(&format!(
+            "link set {name} master {BRIDGE}
+             link set {name} up"
+        ))
     }
 
     pub fn without_bridge() -> Result<Self> {

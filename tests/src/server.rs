@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::{
@@ -97,10 +98,18 @@ pub struct Server {
 impl Server {
     /// Starts a server for a pool of exactly `pool` addresses, and waits until it serves.
     pub fn start(node: &Node, kind: ServerKind, place: Place, pool: u8) -> Result<Self> {
-        Self::start_with(node, kind, place, Pool::small(pool))
+        Self::start_with(node, kind, place, Pool::small(pool), &[])
     }
 
-    pub fn start_with(node: &Node, kind: ServerKind, place: Place, pool: Pool) -> Result<Self> {
+    /// The same with any pool, and more arguments for its command line; those of dnsmasq may name
+    /// the pool in its stead.
+    pub fn start_with(
+        node: &Node,
+        kind: ServerKind,
+        place: Place,
+        pool: Pool,
+        args: &[&str],
+    ) -> Result<Self> {
         let prefix = pool.prefix;
         let (netns, link) = match place {
             Place::Remote => (behind_uplink(node, prefix)?, NIC),
@@ -119,7 +128,7 @@ impl Server {
         let dir = Path::new(DIR).join("server");
         fs::create_dir_all(&dir)?;
         let (store, mut process) = match kind {
-            ServerKind::Dnsmasq => dnsmasq(&dir, &netns, link, &pool)?,
+            ServerKind::Dnsmasq => dnsmasq(&dir, &netns, link, &pool, args)?,
             ServerKind::Kea => kea(&dir, &netns, link, &pool)?,
             ServerKind::Isc => isc(&dir, &netns, link, &pool)?,
         };
@@ -193,6 +202,15 @@ impl Server {
 
     pub fn log(&self) -> String {
         self.process.log()
+    }
+
+    /// Stops the server between two instructions.
+    pub fn freeze(&self) -> Result<()> {
+        self.process.signal(Signal::SIGSTOP)
+    }
+
+    pub fn thaw(&self) -> Result<()> {
+        self.process.signal(Signal::SIGCONT)
     }
 
     /// Kea and dhcpd append to their stores; dnsmasq truncates its file and writes it anew, so a
@@ -270,7 +288,13 @@ fn behind_uplink(node: &Node, prefix: u8) -> Result<NetNs> {
     Ok(netns)
 }
 
-fn dnsmasq(dir: &Path, netns: &NetNs, link: &str, pool: &Pool) -> Result<(PathBuf, Process)> {
+fn dnsmasq(
+    dir: &Path,
+    netns: &NetNs,
+    link: &str,
+    pool: &Pool,
+    args: &[&str],
+) -> Result<(PathBuf, Process)> {
     let store = dir.join("dnsmasq.leases");
     fs::write(&store, "")?;
     let mut command = netns.command(foreign("dnsmasq")?);
@@ -290,14 +314,18 @@ fn dnsmasq(dir: &Path, netns: &NetNs, link: &str, pool: &Pool) -> Result<(PathBu
     ]);
     command.args([
         format!("--interface={link}"),
-        format!(
+        format!("--dhcp-leasefile={}", store.display()),
+    ]);
+    let named = args.iter().any(|arg| arg.starts_with("--dhcp-range"));
+    if !named {
+        command.arg(format!(
             "--dhcp-range={},{},{},{LEASE_SECONDS}",
             pool.first,
             pool.last,
             pool.netmask(),
-        ),
-        format!("--dhcp-leasefile={}", store.display()),
-    ]);
+        ));
+    }
+    command.args(args);
     Ok((store, Process::spawn(dir, "dnsmasq", &mut command)?))
 }
 
@@ -377,7 +405,9 @@ fn dnsmasq_leases(text: &str, now: u64) -> Result<Vec<Lease>> {
         else {
             bail!("short line {line:?}");
         };
-        if expiry.parse::<u64>()? > now {
+        let expiry: u64 = expiry.parse()?;
+        // Zero is never.
+        if expiry == 0 || expiry > now {
             leases.push(Lease {
                 ip: ip.parse()?,
                 mac: mac.parse()?,

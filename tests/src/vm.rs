@@ -1,5 +1,6 @@
 //! A VM as the node sees it: a bridge port, and behind it a kernel that takes a lease.
 use std::{
+    fmt::Write as _,
     fs,
     net::{Ipv4Addr, UdpSocket},
     path::{Path, PathBuf},
@@ -12,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
 use crate::{
@@ -32,6 +33,7 @@ pub enum Client {
     UdhcpcChecking,
     Dhclient,
     Dhcpcd,
+    Networkd,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +46,26 @@ pub enum KillKind {
     PortKept,
 }
 
+/// Option 61, as the client is to send it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClientId {
+    /// Whatever it sends by itself.
+    Default,
+    None,
+    /// Its type is the first byte.
+    Given(Vec<u8>),
+}
+
+/// What a migration does first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    OldPortFirst,
+    NewPortFirst,
+}
+
 pub struct Vm {
+    /// For clients that are started from now on.
+    pub client_id: ClientId,
     pub name: String,
     pub mac: Mac,
     /// When its link came into being, before its client could start.
@@ -73,6 +94,7 @@ impl Vm {
         }
         fs::create_dir_all(&dir)?;
         Ok(Self {
+            client_id: ClientId::Default,
             name: name.to_owned(),
             mac,
             linked_at: now(),
@@ -102,10 +124,31 @@ impl Vm {
         self.netns.ip(&format!("link set {NIC} up"))
     }
 
+    /// Waits until the bridge of the sandbox's own node hands frames on to the port: that comes up to
+    /// a second after the link. A client asks again; a frame by hand is lost.
+    pub fn wait_forwarding(&self, timeout: Duration) -> Result<()> {
+        let state = format!("/sys/class/net/{}/brport/state", self.name);
+        until(&self.dir, timeout, "a port that forwards", || {
+            Ok((fs::read_to_string(&state)?.trim() == "3").then_some(()))
+        })
+    }
+
     pub fn start_client(&mut self, client: Client) -> Result<()> {
         let process = Process::spawn(&self.dir, "client", &mut self.client_command(client)?)?;
         self.client = Some((client, process));
         Ok(())
+    }
+
+    /// Ends its client without a word, and starts another: what a reboot does, with the port kept.
+    pub fn restart_client(&mut self, client: Client) -> Result<()> {
+        if let Some((_, mut process)) = self.client.take() {
+            process.kill();
+        }
+        self.netns.ip(&format!(
+            "addr flush dev {NIC}
+             link set {NIC} arp on"
+        ))?;
+        self.start_client(client)
     }
 
     pub fn netns(&self) -> &NetNs {
@@ -146,9 +189,10 @@ impl Vm {
         match client {
             Client::Udhcpc | Client::UdhcpcChecking => process.signal(Signal::SIGUSR2),
             Client::Dhcpcd => process.signal(Signal::SIGALRM),
+            Client::Networkd => bail!("systemd-networkd gives nothing back when asked to"),
             Client::Dhclient => {
                 process.kill();
-                let mut command = dhclient(&self.netns, &self.dir)?;
+                let mut command = dhclient(&self.netns, &self.dir, &self.client_id)?;
                 run(command.args(["-r", NIC])).map(drop)
             }
         }
@@ -236,6 +280,26 @@ impl Vm {
         self.node.ip(&format!("link del {}", self.name))
     }
 
+    /// Moves the running guest to another node: its memory and MAC stay, its port is another one.
+    pub fn migrate(&mut self, to: &Node, ip: Ipv4Addr, order: Order) -> Result<()> {
+        let from = std::mem::replace(&mut self.node, to.netns.try_clone()?);
+        if order == Order::OldPortFirst {
+            from.ip(&format!("link del {}", self.name))?;
+        } else {
+            self.netns.ip(&format!(
+                "addr flush dev {NIC}
+                 link set {NIC} name old0
+                 link set old0 arp off"
+            ))?;
+        }
+        self.plug_in()?;
+        self.configure(ip)?;
+        if order == Order::NewPortFirst {
+            from.ip(&format!("link del {}", self.name))?;
+        }
+        Ok(())
+    }
+
     /// Gives the guest its address back after [`Vm::plug_in`]: its client still holds the lease.
     pub fn configure(&self, ip: Ipv4Addr) -> Result<()> {
         self.netns
@@ -249,6 +313,7 @@ impl Vm {
             Client::Udhcpc | Client::UdhcpcChecking => UDHCPC_SCRIPT,
             Client::Dhclient => DHCLIENT_SCRIPT,
             Client::Dhcpcd => DHCPCD_SCRIPT,
+            Client::Networkd => NETWORKD_SCRIPT,
         };
         fs::write(
             &script,
@@ -264,6 +329,16 @@ impl Vm {
                 command.args(["-f", "-i", NIC, "-t", "20", "-T", "1", "-A", "1"]);
                 command.args(["-x", &format!("hostname:{}", self.name), "-s"]);
                 command.arg(&script);
+                match &self.client_id {
+                    ClientId::Default => {}
+                    ClientId::None => {
+                        command.arg("-C");
+                    }
+                    ClientId::Given(id) => {
+                        command.arg("-C");
+                        command.arg("-x").arg(format!("0x3d:{}", hex(id, "")));
+                    }
+                }
                 if client == Client::UdhcpcChecking {
                     command.arg("-a200");
                 }
@@ -271,7 +346,7 @@ impl Vm {
             }
             Client::Dhclient => {
                 let mut command = self.netns.command("/bin/sh");
-                let dhclient = dhclient(&self.netns, &self.dir)?;
+                let dhclient = dhclient(&self.netns, &self.dir, &self.client_id)?;
                 command.args(["-c", WHEN_LINKED, "sh"]);
                 command
                     .arg(dhclient.get_program())
@@ -285,10 +360,34 @@ impl Vm {
                 command.args(["/bin/sh", "-c", WHEN_LINKED, "sh"]);
                 command.arg(foreign("dhcpcd")?);
                 command.args(["-B", "-4", "-A", "--noipv6rs", "-f", "/dev/null", "-c"]);
-                command.arg(&script).arg(NIC);
+                command.arg(&script);
+                match &self.client_id {
+                    // Its own default depends on its configuration file, which is empty here.
+                    ClientId::Default => {
+                        command.args(["-I", ""]);
+                    }
+                    ClientId::None => {}
+                    ClientId::Given(id) => {
+                        command.arg("-I").arg(hex(id, ":"));
+                    }
+                }
+                command.arg(NIC);
                 command
             }
+            // Below.
+            Client::Networkd => self.netns.command("/bin/false"),
         };
+        if client == Client::Networkd {
+            let daemon = Path::new("/usr/lib/systemd/systemd-networkd");
+            ensure!(daemon.exists(), "{} is not installed", daemon.display());
+            let network = self.dir.join("10-vm.network");
+            fs::write(&network, NETWORKD_NETWORK)?;
+            command = self.netns.command("/usr/bin/unshare");
+            command
+                .arg("--mount")
+                .arg(&script)
+                .args([network.as_path(), daemon]);
+        }
         command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         Ok(command)
     }
@@ -302,9 +401,18 @@ impl Drop for Vm {
     }
 }
 
-fn dhclient(netns: &NetNs, dir: &Path) -> Result<std::process::Command> {
+fn hex(bytes: &[u8], separator: &str) -> String {
+    let digits: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    digits.join(separator)
+}
+
+fn dhclient(netns: &NetNs, dir: &Path, id: &ClientId) -> Result<std::process::Command> {
     let config = dir.join("dhclient.conf");
-    fs::write(&config, "timeout 10; retry 1; initial-interval 1;\n")?;
+    let mut text = "timeout 10; retry 1; initial-interval 1;\n".to_owned();
+    if let ClientId::Given(id) = id {
+        writeln!(text, "send dhcp-client-identifier {};", hex(id, ":"))?;
+    }
+    fs::write(&config, text)?;
     let mut command = netns.command(foreign("dhclient")?);
     command.args(["-4", "-v", "-cf"]).arg(&config);
     command.arg("-sf").arg(dir.join("script"));
@@ -357,6 +465,36 @@ for dir in /var/lib/dhcpcd /run/dhcpcd; do
 done
 exec "$@"
 "#;
+
+/// It keeps its files in one place too, and without a writable `/sys` waits for no udev.
+const NETWORKD_SCRIPT: &str = r#"#!/bin/sh
+set -e
+mkdir -p /run/systemd
+mount -t tmpfs none /run/systemd
+mkdir -p /run/systemd/network /run/systemd/netif/leases /run/systemd/netif/links
+mount -t sysfs -o ro none /sys
+cp "$1" /run/systemd/network/
+chown -R systemd-network /run/systemd/netif
+ip -o -4 monitor address | while read -r _ name family address _; do
+    if [ "$name" = eth0 ] && [ "$family" = inet ]; then
+        echo "bound ${address%/*}" >>@LEASE@
+    fi
+done &
+exec "$2"
+"#;
+
+const NETWORKD_NETWORK: &str = "\
+[Match]
+Name=eth0
+
+[Network]
+DHCP=ipv4
+LinkLocalAddressing=no
+IPv6AcceptRA=no
+
+[DHCPv4]
+SendRelease=no
+";
 
 /// Datagrams at a steady pace.
 struct Traffic {

@@ -16,7 +16,7 @@ use nix::{
     libc,
     net::if_::if_nametoindex,
     sys::{
-        socket::{LinkAddr, recvfrom, setsockopt, sockopt},
+        socket::{setsockopt, sockopt},
         time::TimeVal,
     },
 };
@@ -47,6 +47,8 @@ pub struct Frame {
     pub at: Instant,
     /// Sent by the host that captures, not received.
     pub outgoing: bool,
+    /// The identifier of a tag that the kernel took out of the bytes.
+    pub vlan: Option<u16>,
     pub bytes: Vec<u8>,
 }
 
@@ -64,6 +66,7 @@ pub struct Dhcp {
     pub to_mac: Mac,
     pub from_ip: Ipv4Addr,
     pub to_ip: Ipv4Addr,
+    pub xid: u32,
     pub ciaddr: Ipv4Addr,
     pub yiaddr: Ipv4Addr,
     pub chaddr: Mac,
@@ -71,11 +74,13 @@ pub struct Dhcp {
 }
 
 pub const DISCOVER: u8 = 1;
+pub const OFFER: u8 = 2;
 pub const REQUEST: u8 = 3;
 pub const DECLINE: u8 = 4;
 pub const ACK: u8 = 5;
 pub const NAK: u8 = 6;
 pub const RELEASE: u8 = 7;
+pub const INFORM: u8 = 8;
 
 impl Capture {
     /// Captures on `link` of `netns`; it runs once this returns.
@@ -88,6 +93,7 @@ impl Capture {
         setsockopt(&socket, sockopt::RcvBufForce, &(16 << 20))?;
         // Only so that the reader looks at its stop flag now and then.
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(0, 50_000))?;
+        want_tags(&socket)?;
         let shared = Arc::new(Shared::default());
         let reader = std::thread::spawn({
             let shared = Arc::clone(&shared);
@@ -121,10 +127,22 @@ impl Capture {
         timeout: Duration,
         wanted: impl Fn(&Frame) -> bool,
     ) -> Result<Frame> {
+        self.wait_nth(what, 1, timeout, wanted)
+    }
+
+    /// Waits until `nth` such frames have come, and returns the last of them. `wanted` looks at its
+    /// frame only: the capture is locked meanwhile.
+    pub fn wait_nth(
+        &self,
+        what: &str,
+        nth: usize,
+        timeout: Duration,
+        wanted: impl Fn(&Frame) -> bool,
+    ) -> Result<Frame> {
         let deadline = Deadline::after(timeout);
         let mut frames = self.lock();
         loop {
-            if let Some(frame) = frames.iter().find(|frame| wanted(frame)) {
+            if let Some(frame) = frames.iter().filter(|frame| wanted(frame)).nth(nth - 1) {
                 return Ok(frame.clone());
             }
             if deadline.passed() {
@@ -158,6 +176,16 @@ impl Drop for Capture {
 }
 
 impl Frame {
+    /// A frame that was not captured.
+    pub fn of(bytes: Vec<u8>) -> Self {
+        Self {
+            at: now(),
+            outgoing: true,
+            vlan: None,
+            bytes,
+        }
+    }
+
     pub fn from_mac(&self) -> Option<Mac> {
         Some(Mac(array(&self.bytes, 6)?))
     }
@@ -197,6 +225,7 @@ impl Frame {
             from_mac: Mac(array(bytes, 6)?),
             from_ip: Ipv4Addr::from(array::<4>(bytes, 26)?),
             to_ip: Ipv4Addr::from(array::<4>(bytes, 30)?),
+            xid: u32::from_be_bytes(array(bootp, 4)?),
             ciaddr: Ipv4Addr::from(array::<4>(bootp, 12)?),
             yiaddr: Ipv4Addr::from(array::<4>(bootp, 16)?),
             chaddr: Mac(array(bootp, 28)?),
@@ -257,16 +286,17 @@ fn read(socket: &OwnedFd, index: usize, shared: &Shared) {
     let mut buffer = vec![0; 65536];
     while !shared.stop.load(Ordering::Relaxed) {
         // A link that goes down or away wakes us with an error; the next one may still come.
-        let Ok((length, Some(from))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer) else {
+        let Some(received) = receive(socket, &mut buffer) else {
             continue;
         };
-        if from.ifindex() != index {
+        if usize::try_from(received.from.sll_ifindex) != Ok(index) {
             continue;
         }
         let frame = Frame {
             at: now(),
-            outgoing: from.pkttype() == libc::PACKET_OUTGOING,
-            bytes: buffer[..length].to_vec(),
+            outgoing: received.from.sll_pkttype == PACKET_OUTGOING,
+            vlan: received.vlan,
+            bytes: buffer[..received.length].to_vec(),
         };
         shared
             .frames
@@ -275,4 +305,68 @@ fn read(socket: &OwnedFd, index: usize, shared: &Shared) {
             .push(frame);
         shared.more.notify_all();
     }
+}
+
+const PACKET_OUTGOING: u8 = 4;
+
+struct Received {
+    length: usize,
+    from: libc::sockaddr_ll,
+    vlan: Option<u16>,
+}
+
+fn want_tags(socket: &OwnedFd) -> Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: an int that lives for the call, with its size.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_AUXDATA,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    Errno::result(result).context("PACKET_AUXDATA")?;
+    Ok(())
+}
+
+fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<Received> {
+    let mut control = [0_u64; 16];
+    // SAFETY: plain old data, for which all zero is a value.
+    let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: as above.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = (&raw mut from).cast();
+    header.msg_namelen = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&control);
+    // SAFETY: all that the header points to lives for the call, with the lengths given.
+    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, 0) };
+    let length = usize::try_from(length).ok()?;
+    let mut vlan = None;
+    // SAFETY: the kernel has just filled the header; the macros stay within its control buffer.
+    unsafe {
+        let mut message = libc::CMSG_FIRSTHDR(&raw const header);
+        while !message.is_null() {
+            if (*message).cmsg_level == libc::SOL_PACKET
+                && (*message).cmsg_type == libc::PACKET_AUXDATA
+            {
+                let aux = libc::CMSG_DATA(message)
+                    .cast::<libc::tpacket_auxdata>()
+                    .read_unaligned();
+                if aux.tp_status & libc::TP_STATUS_VLAN_VALID != 0 {
+                    vlan = Some(aux.tp_vlan_tci & 0xfff);
+                }
+            }
+            message = libc::CMSG_NXTHDR(&raw const header, message);
+        }
+    }
+    Some(Received { length, from, vlan })
 }

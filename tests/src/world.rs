@@ -27,8 +27,21 @@ impl World {
 
     pub fn with_pool(kind: ServerKind, place: Place, pool: Pool) -> Result<Self> {
         let node = Node::new().context("cannot make the node")?;
-        let server = Server::start_with(&node, kind, place, pool)
+        let server = Server::start_with(&node, kind, place, pool, &[])
             .with_context(|| format!("cannot start {kind} ({place})"))?;
+        Ok(Self { node, server })
+    }
+
+    /// dnsmasq elsewhere, with more arguments of its own.
+    pub fn with_dnsmasq(args: &[&str], pool: u8) -> Result<Self> {
+        let node = Node::new().context("cannot make the node")?;
+        let server = Server::start_with(
+            &node,
+            ServerKind::Dnsmasq,
+            Place::Remote,
+            Pool::small(pool),
+            args,
+        )?;
         Ok(Self { node, server })
     }
 

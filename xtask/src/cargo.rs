@@ -31,21 +31,41 @@ pub struct Built {
     pub executable: PathBuf,
 }
 
-/// Runs a build and returns its executables; what cargo says goes to our standard error.
+/// Runs a build and returns its executables; what cargo says goes to our standard error, but for
+/// what the inner build of the kernel half passes off as warnings.
 pub fn build(args: &[&str]) -> Result<Vec<Built>> {
+    const INNER: &str = "warning: dhcp-reclaim-agent@";
     let mut child = cargo()
         .args(args)
         .arg("--message-format=json-render-diagnostics")
         .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .context("cannot run cargo")?;
     let stdout = child.stdout.take().context("no pipe")?;
+    let stderr = child.stderr.take().context("no pipe")?;
+    let talk = std::thread::spawn(move || {
+        let mut inner = Vec::new();
+        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            if line.starts_with(INNER) {
+                inner.push(line);
+            } else {
+                eprintln!("{line}");
+            }
+        }
+        inner
+    });
     let mut built = Vec::new();
     for line in BufReader::new(stdout).lines() {
         let message: Value = serde_json::from_str(&line?)?;
         built.extend(parse(&message));
     }
     let status = child.wait()?;
+    // It ends with the build's standard error; a panic there would only have lost talk.
+    let inner = talk.join().unwrap_or_default();
+    if !status.success() {
+        inner.iter().for_each(|line| eprintln!("{line}"));
+    }
     ensure!(status.success(), "`cargo {}` failed", args.join(" "));
     Ok(built)
 }

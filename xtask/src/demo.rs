@@ -1,7 +1,6 @@
 //! The main job, shown: a VM dies, and its address comes back. Runs inside of the sandbox.
 use std::{
     collections::BTreeMap,
-    fmt::Display,
     fs,
     io::{IsTerminal as _, stdout},
     net::Ipv4Addr,
@@ -161,11 +160,8 @@ fn reclaim(
     let name = dead.name.clone();
     // With it goes the last hold on its namespace.
     drop(dead);
-    let show = |at: Instant, text: &dyn Display| {
-        let after = at.saturating_duration_since(killed_at).as_secs_f64();
-        println!("  t+{after:7.3} s  {text}");
-    };
-    show(killed_at, &"killed");
+    let mut timeline = Timeline::new(killed_at);
+    timeline.add(killed_at, "killed".to_owned());
 
     std::thread::scope(|scope| {
         let freed = scope.spawn(|| server.wait_gone(ip, RECLAIM_PATIENCE).map(|()| now()));
@@ -176,7 +172,7 @@ fn reclaim(
             if let Some(event) = agent.next_event(seen, Duration::from_millis(20)) {
                 seen += 1;
                 if event.ip == Some(ip) || event.port.as_deref() == Some(&name) {
-                    show(event.at, &style.dim(&describe(&event)));
+                    timeline.add(event.at, style.dim(&describe(&event)).to_string());
                 }
             }
             let frame = wire.frames().into_iter().find(|frame| {
@@ -185,8 +181,9 @@ fn reclaim(
             });
             if let (false, Some(frame)) = (on_wire, frame) {
                 on_wire = true;
-                show(frame.at, &format!("RELEASE of {ip} on the wire"));
+                timeline.add(frame.at, format!("RELEASE of {ip} on the wire"));
             }
+            timeline.show(Timeline::SETTLED);
             if freed.is_finished() && last_words.is_none() {
                 last_words = Some(Deadline::after(Duration::from_millis(300)));
             }
@@ -199,16 +196,47 @@ fn reclaim(
             Ok(freed) => freed.context("step 5, the server frees the address")?,
             Err(panic) => std::panic::resume_unwind(panic),
         };
-        show(
-            freed_at,
-            &style.green(&format!("gone from {}'s own lease store", server.kind)),
-        );
+        let gone = format!("gone from {}'s own lease store", server.kind);
+        timeline.add(freed_at, style.green(&gone).to_string());
+        timeline.show(Duration::ZERO);
         ensure!(
             on_wire,
             "step 5: the lease went, but no RELEASE was on the wire"
         );
         Ok(freed_at - killed_at)
     })
+}
+
+/// Rows from several watchers, each a little late, in the order in which things happened.
+struct Timeline {
+    start: Instant,
+    rows: Vec<(Instant, String)>,
+}
+
+impl Timeline {
+    /// Nobody comes with a row older than this.
+    const SETTLED: Duration = Duration::from_millis(100);
+
+    fn new(start: Instant) -> Self {
+        Self {
+            start,
+            rows: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, at: Instant, text: String) {
+        self.rows.push((at, text));
+    }
+
+    /// Shows the rows that are older than `age`.
+    fn show(&mut self, age: Duration) {
+        self.rows.sort_by_key(|(at, _)| *at);
+        let settled = self.rows.partition_point(|(at, _)| *at + age <= now());
+        for (at, text) in self.rows.drain(..settled) {
+            let after = at.saturating_duration_since(self.start).as_secs_f64();
+            println!("  t+{after:7.3} s  {text}");
+        }
+    }
 }
 
 fn describe(event: &Event) -> String {

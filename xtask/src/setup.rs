@@ -101,6 +101,11 @@ const NEEDS: &[Need] = &[
     program!("udhcpc", "udhcpc", "a DHCP client of the lab"),
     program!("dhclient", "isc-dhcp-client", "a DHCP client of the lab"),
     program!("dhcpcd", "dhcpcd-base", "a DHCP client of the lab"),
+    program!(
+        "dhcrelay",
+        "isc-dhcp-relay",
+        "stands between the lab's guests and a server"
+    ),
     program!("ip", "iproute2", "makes the lab's links"),
     program!("busybox", "busybox", "pings in the lab"),
     program!(

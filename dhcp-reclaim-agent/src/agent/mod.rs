@@ -41,14 +41,19 @@ use crate::{
         Probe, ProbeVia, Release, ReleaseOutcome, Role, Time,
     },
     emit::{PacketSocket, PrivateLink},
-    kernel::{self, BATCH, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
+    kernel::{self, AttachedHook, BATCH, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
     packet::{arp, release::release_frame},
     ports::{PortEvent, PortWatcher, local_addresses},
     store::Store,
 };
 
-/// The coarse tier's clock: how finely "heard lately" is known.
-const EPOCH: Duration = Duration::from_secs(1);
+/// The coarse tier's clock, at its slowest: how finely "heard lately" is known.
+const EPOCH_MAX: Duration = Duration::from_secs(1);
+const EPOCH_MIN: Duration = Duration::from_millis(50);
+/// DHCP records a second, and at once, of an uplink: many hosts speak there.
+const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
+/// Batches that are read before something else gets its turn.
+const DRAIN: usize = 64;
 /// Option 56 of every RELEASE: who sent it, for the server's log.
 const MESSAGE: &str = concat!("dhcp-reclaim ", env!("CARGO_PKG_VERSION"));
 
@@ -76,6 +81,8 @@ struct Agent {
     segments: Segments,
     /// Ports that are watched.
     watched: BTreeMap<IfIndex, Watched>,
+    /// Ports where no program could be attached: whatever lives there is not seen.
+    blind: BTreeMap<IfIndex, Port>,
     armed: Armed,
     epochs: Epochs,
     /// Somebody waits to hear the uplink: a new epoch tells old frames from new ones.
@@ -88,6 +95,7 @@ struct Agent {
 #[derive(Debug)]
 struct Watched {
     port: Port,
+    hook: AttachedHook,
     lost: u32,
 }
 
@@ -152,6 +160,7 @@ impl Agent {
             log: EventLog::default(),
             segments: Segments::new(&settings.bridges),
             watched: BTreeMap::new(),
+            blind: BTreeMap::new(),
             armed: Armed::default(),
             epochs: Epochs::default(),
             epoch_wanted: false,
@@ -180,7 +189,9 @@ impl Agent {
     async fn run(mut self) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-        let mut tick = interval(EPOCH);
+        // Well below `silence`, or a busy VM would seem silent between two epochs.
+        let epoch = (self.settings.silence / 4).clamp(EPOCH_MIN, EPOCH_MAX);
+        let mut tick = interval(epoch);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         eprintln!(
             "dhcp-reclaim: ready on {} ({} ports), control socket {}",
@@ -208,6 +219,12 @@ impl Agent {
                 ready = self.ring.ready() => {
                     ready?;
                     self.read_batch().await;
+                    // Where there is always a record to read, people are still answered: this
+                    // loop shares its thread with the tasks that hear them.
+                    tokio::task::yield_now().await;
+                    if let Ok(request) = self.requests.try_recv() {
+                        self.answer(request);
+                    }
                 }
                 () = sleep(wait) => {
                     self.drain().await;
@@ -238,6 +255,9 @@ impl Agent {
 
     async fn tick(&mut self) {
         self.next_epoch();
+        for port in std::mem::take(&mut self.blind).into_values() {
+            self.watch(port).await;
+        }
         let ports: Vec<IfIndex> = self.watched.keys().copied().collect();
         for port in ports {
             self.check_lost(port).await;
@@ -288,7 +308,10 @@ impl Agent {
 
     /// Whatever the kernel half has seen by now is heard before anything is decided.
     async fn drain(&mut self) {
-        while self.read_batch().await {
+        for _ in 0..DRAIN {
+            if !self.read_batch().await {
+                return;
+            }
             self.commit();
         }
     }
@@ -331,21 +354,24 @@ impl Agent {
         let Some(segment) = self.segments.by_ifindex(port.segment) else {
             return;
         };
-        let port = Port { segment, ..port };
-        let (rate, burst) = match port.role {
-            Role::Vm => (self.settings.record_rate, self.settings.record_burst),
-            // Many hosts speak there.
-            Role::Uplink => (0, 0),
-        };
-        match self.kernel.watch(&port, rate, burst) {
-            Ok(hook) => debug!(port = port.name, role = ?port.role, hook = hook.name(), "watched"),
+        self.watch(Port { segment, ..port }).await;
+    }
+
+    async fn watch(&mut self, port: Port) {
+        let (rate, burst) = self.record_limits(port.role);
+        let hook = match self.kernel.watch(&port, rate, burst) {
+            Ok(hook) => hook,
             Err(error) => {
                 self.counters.watch_failures += 1;
-                warn!(port = port.name, error = %chain(&error), "cannot watch");
+                warn!(port = port.name, error = %chain(&error), "cannot watch, and tries again");
+                self.watched.remove(&port.ifindex);
+                self.blind.insert(port.ifindex, port);
                 return;
             }
-        }
+        };
+        debug!(port = port.name, role = ?port.role, hook = hook.name(), "watched");
         let ifindex = port.ifindex;
+        self.blind.remove(&ifindex);
         // A slot that was the port's already may have lost records that nobody heard of; a new one
         // counts from zero.
         let total = self.kernel.port_lost(ifindex).unwrap_or(0);
@@ -357,6 +383,7 @@ impl Agent {
             ifindex,
             Watched {
                 port: port.clone(),
+                hook,
                 lost,
             },
         );
@@ -370,10 +397,11 @@ impl Agent {
         self.drain().await;
         self.check_lost(ifindex).await;
         match loss {
-            PortLoss::CarrierLost => {}
+            PortLoss::CarrierLost | PortLoss::LinkDown => {}
             PortLoss::Deleted | PortLoss::Detached => {
                 self.kernel.unwatch(ifindex);
                 self.watched.remove(&ifindex);
+                self.blind.remove(&ifindex);
                 self.memory.port(ifindex);
             }
         }
@@ -541,7 +569,7 @@ impl Agent {
         }
     }
 
-    fn look(&self, key: Key, mac: MacAddr, own_port: Option<IfIndex>) -> Evidence {
+    fn look(&self, key: Key, chaddr: MacAddr, own_port: Option<IfIndex>) -> Evidence {
         let ip = self
             .kernel
             .watched(&watch_ip(key.segment, key.vlan, key.ip))
@@ -549,10 +577,17 @@ impl Agent {
             .flatten();
         let mac = self
             .kernel
-            .watched(&watch_mac(key.segment, key.vlan, mac))
+            .watched(&watch_mac(key.segment, key.vlan, chaddr))
             .ok()
             .flatten();
         let own = own_port.unwrap_or(0);
+        // Only its own station proves that it uses the address.
+        let address_at = ip
+            .filter(|value| value.mac == chaddr.0)
+            .and_then(|value| value.seen_at(own));
+        // Where no program is attached, silence says nothing.
+        let sighted = own_port.is_none_or(|port| self.watched.contains_key(&port))
+            && self.blind.values().all(|port| port.segment != key.segment);
         let values = [ip, mac];
         let by_own = values
             .iter()
@@ -569,9 +604,7 @@ impl Agent {
         });
         Evidence {
             own_at: by_own.map(Time::from_nanos),
-            address_at: ip
-                .and_then(|value| value.seen_at(own))
-                .map(Time::from_nanos),
+            address_at: address_at.map(Time::from_nanos),
             elsewhere: elsewhere.map(|(at, port)| (Time::from_nanos(at), port)),
             port_at: own_port.and_then(|port| self.heard(port)),
             uplink_at: uplinks
@@ -580,7 +613,7 @@ impl Agent {
             address: ip
                 .filter(|value| value.latest_ns() != 0)
                 .map(|value| (Time::from_nanos(value.latest_ns()), MacAddr(value.mac))),
-            armed: ip.is_some() && mac.is_some(),
+            armed: ip.is_some() && mac.is_some() && sighted,
         }
     }
 
@@ -589,7 +622,10 @@ impl Agent {
         self.epochs.began(self.kernel.port_epoch(port)?)
     }
 
-    fn probe(&self, probe: &Probe) -> bool {
+    fn probe(&mut self, probe: &Probe) -> bool {
+        if let ProbeVia::Port(port) = probe.via {
+            self.put_back(port);
+        }
         let (port, segment) = match probe.via {
             ProbeVia::Port(port) => (Some(port), self.watched.get(&port).map(|w| w.port.segment)),
             ProbeVia::Segment(segment) => (None, Some(segment)),
@@ -607,6 +643,32 @@ impl Agent {
         }
     }
 
+    /// Others remove filters from a clsact that they share with us (Calico and OVS do): before an
+    /// answer is waited for, they are there.
+    fn put_back(&mut self, port: IfIndex) {
+        let Some(watched) = self.watched.get(&port) else {
+            return;
+        };
+        if watched.hook != AttachedHook::Clsact {
+            return;
+        }
+        let (rate, burst) = self.record_limits(watched.port.role);
+        if let Err(error) = self.kernel.watch(&watched.port, rate, burst) {
+            self.counters.watch_failures += 1;
+            warn!(port = watched.port.name, error = %chain(&error), "cannot watch, and tries again");
+            if let Some(watched) = self.watched.remove(&port) {
+                self.blind.insert(port, watched.port);
+            }
+        }
+    }
+
+    fn record_limits(&self, role: Role) -> (u16, u16) {
+        match role {
+            Role::Vm => (self.settings.record_rate, self.settings.record_burst),
+            Role::Uplink => UPLINK_RECORDS,
+        }
+    }
+
     async fn release(&mut self, release: &Release, xid: u32) -> ReleaseOutcome {
         if self.settings.dry_run {
             return ReleaseOutcome::DryRun;
@@ -615,8 +677,10 @@ impl Agent {
             return ReleaseOutcome::Failed;
         };
         let server_mac = match release.server_mac {
+            Some(mac) if mac == bridge.mac => mac,
+            // The bridge's MAC may have changed since the ACK: it takes that of a port.
+            _ if is_local(bridge.ifindex, release.server).await => bridge.mac,
             Some(mac) => mac,
-            None if is_local(bridge.ifindex, release.server).await => bridge.mac,
             None => {
                 warn!(server = %release.server, "no frame of the server was seen: its MAC is not known");
                 return ReleaseOutcome::Failed;

@@ -35,7 +35,8 @@ const EXIT_NO_AGENT: u8 = 3;
 
 /// Gives the DHCP leases of dead VMs back to the server that granted them
 #[derive(Debug, Parser)]
-#[command(name = "dhcp-reclaim", version, after_help = AFTER_HELP)]
+// The last of two equal flags counts, so that a script can add to a base.
+#[command(name = "dhcp-reclaim", version, after_help = AFTER_HELP, args_override_self = true)]
 #[command(
     propagate_version = true,
     subcommand_required = true,

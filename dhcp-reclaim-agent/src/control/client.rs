@@ -26,7 +26,7 @@ pub enum ClientError {
     Connect { path: PathBuf, source: io::Error },
     #[error("the agent does not answer")]
     Broken(#[source] io::Error),
-    #[error("the agent's answer ends in the middle")]
+    #[error("the agent went away in the middle of its answer")]
     CutOff,
     #[error("the agent answers in another language: are the versions of both the same?")]
     Language(#[source] serde_json::Error),

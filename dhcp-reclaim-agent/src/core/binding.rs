@@ -33,6 +33,9 @@ pub struct Binding {
     pub acked: bool,
     /// The address itself was the source of a frame at its own port.
     pub seen_alive: bool,
+    /// Another MAC was seen to hold this very lease while its first owner lived (clones of one
+    /// image, one client-id): whose death it is cannot be told.
+    pub shared: bool,
     /// Why what we know of it may not be what the server knows.
     pub doubt: Option<Doubt>,
     /// When the lease ends; `None` is never, or not known.

@@ -33,10 +33,17 @@ const TRANSACTION: Duration = Duration::from_secs(120);
 const TRANSACTIONS_PER_PORT: usize = 64;
 /// How long a binding that ended is still shown.
 const RETENTION: Duration = Duration::from_secs(600);
+/// The same for what no server granted: a guest can ask for as many as it likes.
+const UNGRANTED: Duration = Duration::from_secs(10);
 /// A held binding is looked at again this often, if its gate cannot tell better.
 const HELD_AGAIN: Duration = Duration::from_secs(1);
 /// A RELEASE that could not be sent is tried again after this, times the failures so far.
 const RETRY: Duration = Duration::from_secs(1);
+/// A probe into the segment counts if the uplink was heard after it; the slot tells only in which
+/// epoch of a second that was.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
+/// An ACK is seen by the uplink and by the port, in whichever order, within this.
+const SAME_ANSWER: Duration = Duration::from_secs(1);
 /// One report of a rogue server per port in this time.
 const ROGUE_EVERY: Duration = Duration::from_secs(60);
 
@@ -52,6 +59,8 @@ struct PortInfo {
 struct Segment {
     settled_at: Time,
     uplinks: BTreeSet<IfIndex>,
+    /// It has one, or had: without it, a VM that moved is only out of sight.
+    had_uplink: bool,
     /// Learned from what servers sent in by an uplink, for where ACKs to VMs are not seen.
     servers: BTreeMap<(Vlan, Ipv4Addr), MacAddr>,
 }
@@ -76,6 +85,8 @@ pub struct Engine {
     policy: Policy,
     started_at: Time,
     ports: BTreeMap<IfIndex, PortInfo>,
+    /// Bindings of links that are no ports at the moment.
+    detached: BTreeMap<IfIndex, BTreeSet<Key>>,
     segments: BTreeMap<SegmentId, Segment>,
     bindings: BTreeMap<Key, Binding>,
     by_mac: BTreeMap<(SegmentId, MacAddr), BTreeSet<Key>>,
@@ -99,6 +110,7 @@ impl Engine {
             policy,
             started_at: now,
             ports: BTreeMap::new(),
+            detached: BTreeMap::new(),
             segments: BTreeMap::new(),
             bindings: BTreeMap::new(),
             by_mac: BTreeMap::new(),
@@ -200,8 +212,10 @@ impl Engine {
             .or_insert_with(|| Segment {
                 settled_at: settled_after_start,
                 uplinks: BTreeSet::new(),
+                had_uplink: false,
                 servers: BTreeMap::new(),
             });
+        segment.had_uplink |= port.role == Role::Uplink;
         if port.role == Role::Uplink && segment.uplinks.insert(port.ifindex) {
             segment.settled_at = segment.settled_at.max(settle);
         }
@@ -220,6 +234,7 @@ impl Engine {
         let known = self.ports.get_mut(&ifindex);
         let Some(info) = known else {
             self.ports.insert(ifindex, PortInfo::new(port));
+            self.plugged_in_again(ifindex, now);
             return;
         };
         let moved_from = (info.port.segment != port.segment).then_some(info.port.segment);
@@ -244,6 +259,33 @@ impl Engine {
         }
     }
 
+    /// A link that had been detached is a port again, perhaps of another bridge.
+    fn plugged_in_again(&mut self, port: IfIndex, now: Time) {
+        let segment = self.segment_of(port);
+        for key in self.detached.remove(&port).unwrap_or_default() {
+            let Some(binding) = self
+                .bindings
+                .get(&key)
+                .filter(|b| b.is_live() && b.port == port)
+            else {
+                continue;
+            };
+            if segment != Some(binding.key.segment) {
+                self.end(
+                    key,
+                    State::Moved,
+                    "its port went to another bridge".to_owned(),
+                    now,
+                );
+                continue;
+            }
+            if let Some(info) = self.ports.get_mut(&port) {
+                info.bindings.insert(key);
+            }
+            self.watch_again(key, now);
+        }
+    }
+
     fn port_down(&mut self, port: IfIndex, loss: PortLoss, now: Time) {
         let Some(info) = self.ports.get_mut(&port) else {
             return;
@@ -253,13 +295,22 @@ impl Engine {
         let segment = info.port.segment;
         match loss {
             // It is still a port: what comes back by it is known.
-            PortLoss::CarrierLost => {}
+            PortLoss::CarrierLost | PortLoss::LinkDown => {}
             PortLoss::Deleted | PortLoss::Detached => {
                 let transactions: Vec<_> = info.transactions.iter().copied().collect();
                 for (xid, mac) in transactions {
                     self.close_transaction(port, xid, mac);
                 }
                 self.ports.remove(&port);
+                if loss == PortLoss::Detached && !keys.is_empty() {
+                    // A port that never comes back keeps no more than what still lives.
+                    let bindings = &self.bindings;
+                    self.detached.retain(|_, keys| {
+                        keys.retain(|key| bindings.get(key).is_some_and(Binding::is_live));
+                        !keys.is_empty()
+                    });
+                    self.detached.insert(port, keys.iter().copied().collect());
+                }
                 if let Some(segment) = self.segments.get_mut(&segment)
                     && segment.uplinks.remove(&port)
                 {
@@ -307,7 +358,8 @@ impl Engine {
             return;
         };
         if binding.lost().is_some() && binding.state != State::Releasing {
-            self.begin_watch(key, None, false, now);
+            // Whoever opened the port may be another VM, and this one elsewhere.
+            self.begin_watch(key, None, true, now);
             self.send_probes(key, now);
         }
     }
@@ -329,7 +381,10 @@ impl Engine {
         );
         for key in keys {
             if let Some(binding) = self.bindings.get_mut(&key) {
-                binding.doubt = Some(binding.doubt.unwrap_or(Doubt::RecordsLost(now)));
+                // Only an ACK that is clear ends an ambiguity, so that one stays.
+                if binding.doubt != Some(Doubt::Ambiguous) {
+                    binding.doubt = Some(Doubt::RecordsLost(now));
+                }
                 self.save(key);
             }
         }
@@ -450,6 +505,10 @@ impl Engine {
         let server = ask.server();
         let after = self.released_before(key);
         let known_mac = server.and_then(|server| self.server_mac(segment, message.vlan, server));
+        let shared = self
+            .bindings
+            .get(&key)
+            .is_some_and(|b| b.shared && b.client_id == message.client_id);
         self.remove(key);
         self.insert(Binding {
             key,
@@ -462,6 +521,7 @@ impl Engine {
             state: State::Requested,
             acked: false,
             seen_alive: false,
+            shared,
             doubt: None,
             expires: None,
             tentative_until: Some(now + TRANSACTION),
@@ -487,7 +547,10 @@ impl Engine {
         );
         match self.policy.commit {
             // The address may come alive before any reply is seen, or without one.
-            Commit::Request => self.schedule(key, now + self.policy.probe_wait),
+            Commit::Request => {
+                self.begin_watch(key, None, false, now);
+                self.schedule(key, now + self.policy.probe_wait);
+            }
             Commit::Ack => self.schedule(key, now + TRANSACTION),
         }
     }
@@ -496,14 +559,17 @@ impl Engine {
         let id = (message.xid, message.chaddr, message.port);
         let Some(transaction) = self.transactions.get(&id).cloned() else {
             self.add("answers_unasked", 1);
+            self.contradicted(segment, message, now);
             return;
         };
         if message.seen_at.since(transaction.at) > TRANSACTION || message.vlan != transaction.vlan {
             self.add("answers_unasked", 1);
+            self.contradicted(segment, message, now);
             return;
         }
         if transaction.poisoned {
             self.add("answers_poisoned", 1);
+            self.contradicted(segment, message, now);
             return;
         }
         match message.kind {
@@ -566,6 +632,27 @@ impl Engine {
         let renewed = previous.as_ref().is_some_and(|b| {
             b.acked && b.is_live() && b.port == message.port && b.chaddr == message.chaddr
         });
+        if let Some(previous) = previous.as_ref().filter(|b| b.is_live())
+            && previous.acked
+            && previous.chaddr == message.chaddr
+            && previous.port != message.port
+            && previous.lost().is_none()
+        {
+            // Its owner's port is up, so this may be a neighbour who borrows the MAC and is given
+            // its lease, and whose port's end would then be taken for the owner's. A binding
+            // follows a VM to a new port only when the old one is gone.
+            self.add("acks_contested", 1);
+            let reason = format!("the server leased it to the same MAC on {port_name}");
+            self.sooner(key, expires);
+            self.in_conflict(key, reason, now);
+            return;
+        }
+        let shared = previous.as_ref().is_some_and(|b| {
+            // What one clone gives back, the other still has.
+            let same = b.shared && b.client_id == transaction.client_id;
+            let taken = b.acked && b.lost().is_none() && b.chaddr != message.chaddr;
+            same || (b.is_live() && taken)
+        });
         if let Some(previous) = previous.filter(Binding::is_live)
             && (previous.port, previous.chaddr) != (message.port, message.chaddr)
         {
@@ -603,6 +690,7 @@ impl Engine {
             state: State::Bound,
             acked: true,
             seen_alive: false,
+            shared,
             doubt,
             expires,
             tentative_until: None,
@@ -687,7 +775,25 @@ impl Engine {
         let Some(binding) = self.bindings.get(&key).filter(|binding| binding.is_live()) else {
             return;
         };
+        if binding.acked
+            && binding.chaddr == message.chaddr
+            && binding.state == State::Bound
+            && message.seen_at.since(binding.since) < SAME_ANSWER
+        {
+            // The very ACK that made the binding: its record by the uplink came after the port's.
+            return;
+        }
         let (state, who) = if binding.chaddr == message.chaddr {
+            if binding.acked && binding.lost().is_none() {
+                // Anybody can ask in its name, and our record of its own question may be lost.
+                let expires = message
+                    .lease_secs
+                    .and_then(|secs| lease_end(message.seen_at, secs));
+                self.sooner(key, expires);
+                let reason = "the server leased it to its MAC beyond the uplink".to_owned();
+                self.in_conflict(key, reason, now);
+                return;
+            }
             (State::Moved, "its MAC".to_owned())
         } else {
             (State::Withdrawn, message.chaddr.to_string())
@@ -765,25 +871,73 @@ impl Engine {
                 self.restart_hold(key, now);
                 continue;
             }
+            let clone = message.kind == MessageType::Request
+                && asked == Some(key.ip)
+                && message.chaddr != binding.chaddr
+                && message.client_id.is_some()
+                && message.client_id == binding.client_id;
+            let lost = binding.lost().is_some();
             let port = self.port_name(message.port);
-            if binding.lost().is_none() && binding.doubt.is_none() {
-                self.add("conflicts", 1);
-                self.tell(
-                    key,
-                    NoticeKind::Conflict,
-                    format!(
-                        "{} on {port} asks for it, or in its MAC's name",
-                        message.source_mac
-                    ),
-                    now,
-                );
-                if let Some(binding) = self.bindings.get_mut(&key) {
-                    binding.doubt = Some(Doubt::Conflict(now));
-                }
-                self.save(key);
+            if clone && let Some(binding) = self.bindings.get_mut(&key) {
+                binding.shared = true;
             }
-            self.restart_hold(key, now);
+            if lost {
+                self.restart_hold(key, now);
+                continue;
+            }
+            self.in_conflict(
+                key,
+                format!(
+                    "{} on {port} asks for it, or in its MAC's name",
+                    message.source_mac
+                ),
+                now,
+            );
         }
+    }
+
+    /// The server may have changed the lease's end for somebody in the VM's name: what ends first
+    /// counts.
+    fn sooner(&mut self, key: Key, expires: Option<Time>) {
+        if let Some(binding) = self.bindings.get_mut(&key) {
+            binding.expires = binding.expires.into_iter().chain(expires).min();
+        }
+    }
+
+    /// An ACK that is not believed may still be the server's: it binds nothing, but whose address it
+    /// names is in doubt.
+    fn contradicted(&mut self, segment: SegmentId, message: &Message, now: Time) {
+        let (MessageType::Ack, Some(ip)) = (message.kind, message.yiaddr) else {
+            return;
+        };
+        let key = Key {
+            segment,
+            vlan: message.vlan,
+            ip,
+        };
+        let other = |binding: &Binding| binding.is_live() && binding.chaddr != message.chaddr;
+        if self.bindings.get(&key).is_some_and(other) {
+            let reason = format!("a doubtful answer leases it to {}", message.chaddr);
+            self.in_conflict(key, reason, now);
+        }
+    }
+
+    /// Somebody else has a say in a binding: it holds until its VM is heard by its own port.
+    fn in_conflict(&mut self, key: Key, reason: String, now: Time) {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        if let Some(Doubt::RecordsLost(since)) = &mut binding.doubt {
+            // The stronger doubt takes this one in.
+            *since = now;
+        }
+        if binding.doubt.is_none() {
+            binding.doubt = Some(Doubt::Conflict(now));
+            self.add("conflicts", 1);
+            self.tell(key, NoticeKind::Conflict, reason, now);
+            self.save(key);
+        }
+        self.restart_hold(key, now);
     }
 
     fn given_up(
@@ -978,11 +1132,13 @@ impl Engine {
             .ports
             .get(&binding.port)
             .is_some_and(|info| info.bindings.len() == 1);
+        // Which address its VM has now, the port's slot does not tell.
+        let certain = !matches!(binding.doubt, Some(Doubt::RecordsLost(_)));
         let heard = evidence
             .port_at
             .filter(|at| binding.last_seen.is_none_or(|seen| *at > seen));
         match heard {
-            Some(at) if alone && binding.state != State::Requested => {
+            Some(at) if alone && certain && binding.state != State::Requested => {
                 self.alive(key, at, "its port is heard", now);
                 self.rest(key, now);
             }
@@ -1011,18 +1167,19 @@ impl Engine {
             .or(evidence.own_at.filter(|_| !requested))
             .filter(|at| *at >= watching.armed_at)
         {
-            let address = evidence.address_at.is_some();
-            self.confirm(key, address, now);
+            self.confirm(key, evidence.address_at, now);
             self.alive(key, at, "a frame of it came by its own port", now);
             return;
         }
         if let Some((at, port)) = evidence
             .elsewhere
             .filter(|(at, _)| *at >= watching.armed_at)
+            .filter(|_| !self.policy.without.contains(&Gate::Elsewhere))
         {
             self.found_elsewhere(key, watching, at, port, now);
             return;
         }
+        let uplink = self.has_uplink(key.segment);
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
@@ -1030,6 +1187,18 @@ impl Engine {
             // The kernel saw what this look did not: silence begins anew.
             self.restart_hold(key, now);
             return;
+        }
+        let mut watching = watching;
+        if uplink
+            && watching.everywhere
+            && let Some(probed_at) = watching.probed_at
+            && evidence
+                .uplink_at
+                .is_none_or(|at| at + HEARD_WITHIN < probed_at)
+        {
+            // The latest probe may have left by a cut cable, and those before it too.
+            watching.probes = 0;
+            binding.check = Check::Watching(watching);
         }
         if binding.state == State::Requested {
             self.ask_again(key, watching, now);
@@ -1042,8 +1211,11 @@ impl Engine {
                 secs(now.since(watching.armed_at))
             );
             self.set_state(key, State::Silent, NoticeKind::Silent, reason, now);
-            // From here on every port of the segment counts: it may have moved.
-            self.begin_everywhere(key, now);
+            // From here on every port of the segment counts, for it may have moved; and the silence
+            // that a RELEASE stands on is one that was watched everywhere.
+            self.begin_watch(key, None, true, now);
+            self.send_probes(key, now);
+            return;
         }
         let Some(binding) = self.bindings.get(&key) else {
             return;
@@ -1161,7 +1333,9 @@ impl Engine {
         let (Some(server), Check::Watching(watching)) = (binding.server, binding.check) else {
             return;
         };
-        if !self.pacing.take((key.segment, key.vlan, server), now) {
+        if !self.pacing.take((key.segment, key.vlan, server), now)
+            && !self.policy.without.contains(&Gate::Rate)
+        {
             self.schedule(key, now + HELD_AGAIN);
             return;
         }
@@ -1306,10 +1480,15 @@ impl Engine {
         if let Some(info) = self.ports.get_mut(&port) {
             info.bindings.remove(&key);
         }
+        let acked = binding.acked;
         if recovered {
             self.recover(key, now);
         }
-        self.schedule_ended(key, now);
+        if acked {
+            self.schedule_ended(key, now);
+        } else {
+            self.schedule(key, now + UNGRANTED);
+        }
         self.save(key);
     }
 
@@ -1340,7 +1519,8 @@ impl Engine {
         };
         binding.last_seen = binding.last_seen.max(Some(at));
         binding.held_by = None;
-        if let Some(Doubt::Conflict(since) | Doubt::RecordsLost(since)) = binding.doubt
+        // After a lost record only the address itself, or an ACK, says that it is still the VM's.
+        if let Some(Doubt::Conflict(since)) = binding.doubt
             && at > since
         {
             binding.doubt = None;
@@ -1372,14 +1552,19 @@ impl Engine {
     }
 
     /// The address itself was seen: a REQUEST's pair is a lease, and the VM uses it.
-    fn confirm(&mut self, key: Key, address: bool, now: Time) {
+    fn confirm(&mut self, key: Key, address_at: Option<Time>, now: Time) {
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
-        if !address {
+        let Some(at) = address_at else {
             return;
+        };
+        let first = !std::mem::replace(&mut binding.seen_alive, true);
+        let doubted = matches!(binding.doubt, Some(Doubt::RecordsLost(since)) if at > since);
+        if doubted {
+            binding.doubt = None;
         }
-        if !std::mem::replace(&mut binding.seen_alive, true) {
+        if first || doubted {
             self.save(key);
         }
         let Some(binding) = self.bindings.get_mut(&key) else {
@@ -1508,7 +1693,17 @@ impl Engine {
                 probe: Probe { via, vlan, ip, mac },
             });
         }
-        if let Some(probe) = control.filter(|_| watching.lost.is_some() && has_uplink) {
+        if watching.everywhere && has_uplink && watching.probes < self.policy.misses {
+            // Of everybody too: the switches beyond still think that the MAC is here, and so send
+            // nothing for it to where it has moved; and another MAC may have the address by now.
+            // Whoever answers for the dead there costs a lease, no more.
+            let via = ProbeVia::Segment(key.segment);
+            let mac = MacAddr::BROADCAST;
+            self.actions.push_back(Action::Control {
+                probe: Probe { via, vlan, ip, mac },
+            });
+        }
+        if let Some(probe) = control.filter(|_| watching.everywhere && has_uplink) {
             self.actions.push_back(Action::Control { probe });
         }
         self.actions.push_back(Action::Probe {
@@ -1573,24 +1768,6 @@ impl Engine {
             mac,
             own_port,
             everywhere,
-        });
-    }
-
-    /// Widens a running watch to the whole segment, and forgets nothing.
-    fn begin_everywhere(&mut self, key: Key, _now: Time) {
-        let Some(binding) = self.bindings.get_mut(&key) else {
-            return;
-        };
-        let Check::Watching(watching) = &mut binding.check else {
-            return;
-        };
-        watching.everywhere = true;
-        let own_port = Some(binding.port).filter(|_| watching.lost.is_none());
-        self.actions.push_back(Action::Arm {
-            key,
-            mac: binding.chaddr,
-            own_port,
-            everywhere: true,
         });
     }
 
@@ -1675,7 +1852,7 @@ impl Engine {
     fn has_uplink(&self, segment: SegmentId) -> bool {
         self.segments
             .get(&segment)
-            .is_some_and(|segment| !segment.uplinks.is_empty())
+            .is_some_and(|segment| segment.had_uplink)
     }
 
     fn segment_of(&self, port: IfIndex) -> Option<SegmentId> {
@@ -1828,6 +2005,7 @@ fn loss_text(loss: PortLoss) -> &'static str {
     match loss {
         PortLoss::Deleted => "deleted",
         PortLoss::CarrierLost => "carrier lost",
+        PortLoss::LinkDown => "link down",
         PortLoss::Detached => "detached from the bridge",
     }
 }

@@ -109,6 +109,7 @@ impl Case<'_> {
 
     fn ask(&self, gate: Gate, now: Time) -> Finding {
         let (verdict, reason, again_at) = match gate {
+            gate if self.policy.without.contains(&gate) => pass("overridden"),
             Gate::Confirmed => self.confirmed(),
             Gate::Lease => self.lease(now),
             Gate::Dead => self.dead(now),
@@ -194,8 +195,14 @@ impl Case<'_> {
         if !evidence.armed {
             return hold("the watch is not armed");
         }
-        if let Some(at) = evidence.own_at {
+        if let Some(at) = evidence.own_at.filter(|at| *at >= watching.armed_at) {
             return hold(format!("a frame of it came {} ago", secs(now.since(at))));
+        }
+        if watching.everywhere
+            && self.uplink
+            && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
+        {
+            return hold("nothing was heard on the uplink since: the segment may be cut");
         }
         if watching.probes < self.policy.misses {
             return hold(format!(
@@ -208,12 +215,6 @@ impl Case<'_> {
             .is_some_and(|at| now.since(at) < self.probe_wait())
         {
             return hold("the latest probe may still be answered");
-        }
-        if watching.lost.is_some()
-            && self.uplink
-            && evidence.uplink_at.is_none_or(|at| at < watching.armed_at)
-        {
-            return hold("nothing was heard on the uplink since: the segment may be cut");
         }
         pass(format!(
             "{} probes unanswered, not a frame for {}",
@@ -229,15 +230,21 @@ impl Case<'_> {
 
     fn round(&self) -> Duration {
         match self.binding.lost() {
-            Some(_) => self.hold() / self.policy.misses.max(1),
+            // As the engine asks: one that waited for longer would never see the last round end.
+            Some(_) => (self.hold() / self.policy.misses.max(1)).min(self.policy.probe_interval),
             None => self.policy.probe_interval,
         }
     }
 
     fn elsewhere(&self) -> Answer {
+        // What another binding of the same MAC saw before is not this one's.
+        let since = match self.binding.check {
+            Check::Watching(watching) => watching.armed_at,
+            Check::Idle | Check::Glancing => Time::ZERO,
+        };
         match (self.binding.state, self.binding.evidence) {
             (State::Moved, _) => hold("the VM moved"),
-            (_, Some((_, evidence))) if evidence.elsewhere.is_some() => {
+            (_, Some((_, evidence))) if evidence.elsewhere.is_some_and(|(at, _)| at >= since) => {
                 hold("it was seen behind another port")
             }
             _ => pass("not seen behind any other port"),
@@ -245,6 +252,9 @@ impl Case<'_> {
     }
 
     fn unique(&self) -> Answer {
+        if self.binding.shared {
+            return hold("another MAC holds the same lease");
+        }
         match self.twin {
             Some(twin) => hold(format!("{} shows the same client-id", twin.ip)),
             None => pass("no other live binding shows its client-id or its address"),
@@ -255,7 +265,9 @@ impl Case<'_> {
     pub fn hold(&self) -> Duration {
         match self.binding.lost() {
             // The VM runs on, on another bridge perhaps: that is no quicker than a silent one.
-            None | Some((_, PortLoss::Detached)) => self.policy.hold_down_silent,
+            None | Some((_, PortLoss::Detached | PortLoss::LinkDown)) => {
+                self.policy.hold_down_silent
+            }
             Some((_, PortLoss::Deleted | PortLoss::CarrierLost)) if self.uplink => {
                 self.policy.hold_down_uplink
             }

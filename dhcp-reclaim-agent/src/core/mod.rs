@@ -9,6 +9,8 @@ pub mod gates;
 pub mod limits;
 pub mod policy;
 #[cfg(test)]
+mod sim;
+#[cfg(test)]
 mod tests;
 pub mod types;
 

@@ -1,6 +1,8 @@
 //! The settings that decide, as the core uses them.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
+
+use super::gates::Gate;
 
 /// What makes a binding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +49,9 @@ pub struct Policy {
     pub bindings_per_port: usize,
     /// Whether servers are asked what became of a RELEASE.
     pub leasequery: bool,
+    /// Gates that are not asked: what the simulation takes away to see what each is for. An
+    /// operator who overrides one does it here too, and that is audited.
+    pub without: BTreeSet<Gate>,
 }
 
 impl Default for Policy {
@@ -70,6 +75,7 @@ impl Default for Policy {
             burst: 32,
             bindings_per_port: 256,
             leasequery: true,
+            without: BTreeSet::new(),
         }
     }
 }

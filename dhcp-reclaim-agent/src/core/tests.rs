@@ -351,7 +351,16 @@ fn with_an_uplink_the_hold_down_is_longer_and_the_uplink_must_be_heard() {
             .any(|action| matches!(action, Action::Control { probe } if probe.ip == SERVER))
     );
     bench.evidence.uplink_at = Some(bench.now);
-    bench.pass(secs(12));
+    bench.pass(secs(5));
+    assert_eq!(
+        bench.releases(),
+        0,
+        "the probes until now may have left by a cut cable"
+    );
+    for _ in 0..12 {
+        bench.evidence.uplink_at = Some(bench.now);
+        bench.pass(secs(1));
+    }
     assert_eq!(bench.releases(), 1);
 }
 
@@ -1197,4 +1206,110 @@ fn a_vm_that_boots_again_and_asks_is_no_alarm() {
     bench.pass(secs(5));
     assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 0);
     assert_eq!(bench.state(KEY), Some(State::Bound));
+}
+
+#[test]
+fn a_lease_in_its_macs_name_at_another_port_moves_nothing() {
+    let mut bench = settled();
+    bench.message(bench.request(OTHER_PORT, VM, IP));
+    bench.message(bench.ack(OTHER_PORT, VM, IP));
+    let binding = bench.engine.bindings().next().expect("the binding stays");
+    assert_eq!((binding.port, binding.state), (VM_PORT, State::Bound));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    // The attacker dies, and later the silent owner: neither is released.
+    bench.tell(Event::PortDown {
+        port: OTHER_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(600));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn its_macs_lease_beyond_the_uplink_is_a_conflict_until_it_speaks() {
+    let mut bench = settled();
+    bench.port(UPLINK, "uplink0", Role::Uplink);
+    let ack = Message {
+        port: UPLINK,
+        role: Role::Uplink,
+        direction: Direction::FromPort,
+        xid: 99,
+        ..bench.ack(UPLINK, VM, IP)
+    };
+    bench.message(ack);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.vm_talks = true;
+    bench.pass(secs(120));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+}
+
+#[test]
+fn an_address_that_two_stations_were_given_is_never_released() {
+    let mut bench = settled();
+    bench.lease(OTHER_PORT, OTHER, IP);
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Hold);
+    // A renewal does not tell the other one's end either.
+    bench.pass(secs(60));
+    bench.lease(OTHER_PORT, OTHER, IP);
+    bench.tell(Event::PortDown {
+        port: OTHER_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(600));
+    assert_eq!((bench.releases(), bench.state(KEY)), (0, Some(State::Gone)));
+}
+
+#[test]
+fn probes_that_are_sent_often_do_not_put_the_end_off() {
+    let mut bench = Bench::new(Policy {
+        probe_interval: Duration::from_millis(300),
+        hold_down: secs(5),
+        ..Policy::default()
+    });
+    bench.lease(VM_PORT, VM, IP);
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(6));
+    assert_eq!(bench.releases(), 1, "{:?}", bench.notices());
+}
+
+/// The switches beyond still have the MAC at this node's port.
+#[test]
+fn where_there_is_an_uplink_everybody_is_asked_for_the_address() {
+    let mut bench = settled();
+    bench.port(UPLINK, "uplink0", Role::Uplink);
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    let asked = Action::Control {
+        probe: Probe {
+            via: ProbeVia::Segment(SEGMENT),
+            vlan: 0,
+            ip: IP,
+            mac: MacAddr::BROADCAST,
+        },
+    };
+    assert!(bench.seen.contains(&asked), "{:?}", bench.seen);
+}
+
+#[test]
+fn what_was_never_granted_is_soon_forgotten() {
+    let mut bench = Bench::new(Policy::default());
+    for n in 1..=200 {
+        let ip = Ipv4Addr::new(10, 0, 1, n);
+        bench.message(bench.request(VM_PORT, VM, ip));
+        bench.message(Message {
+            kind: MessageType::Nak,
+            yiaddr: None,
+            ..bench.ack(VM_PORT, VM, ip)
+        });
+    }
+    assert_eq!(bench.engine.bindings().count(), 200);
+    bench.pass(secs(11));
+    assert_eq!(bench.engine.bindings().count(), 0);
 }

@@ -138,6 +138,8 @@ pub enum PortLoss {
     Deleted,
     /// The link has no carrier any more: qemu closed its persistent tap.
     CarrierLost,
+    /// The link has no carrier any more, and is no tap: its VM may only have set it down.
+    LinkDown,
     /// It is no longer a port of the bridge.
     Detached,
 }

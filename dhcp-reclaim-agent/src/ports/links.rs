@@ -363,10 +363,13 @@ impl Tracked {
         if !link.carrier {
             self.lost = true;
             let ifindex = self.port.ifindex;
-            return Some(PortEvent::PortDown {
-                ifindex,
-                loss: PortLoss::CarrierLost,
-            });
+            // A tap has lost whoever held it open; what is behind another link may only have set its
+            // end down, as a container's network scripts do.
+            let loss = match link.kind.as_deref() {
+                Some("tun") => PortLoss::CarrierLost,
+                _ => PortLoss::LinkDown,
+            };
+            return Some(PortEvent::PortDown { ifindex, loss });
         }
         // The first carrier of a port that was up without one is no news.
         std::mem::take(&mut self.lost).then(|| PortEvent::PortUp(self.port.clone()))

@@ -443,7 +443,7 @@ mod tests {
             ip("link set guest0 down");
             let lost = PortEvent::PortDown {
                 ifindex: port,
-                loss: PortLoss::CarrierLost,
+                loss: PortLoss::LinkDown,
             };
             assert_eq!(next_change(&mut watcher).await, lost);
             ip("link set guest0 up");

@@ -387,6 +387,7 @@ mod tests {
             state: State::Bound,
             acked: true,
             seen_alive: false,
+            shared: false,
             doubt: None,
             expires: None,
             tentative_until: None,

@@ -35,6 +35,8 @@ pub struct BindingRow {
     state: State,
     acked: bool,
     seen_alive: bool,
+    #[serde(default)]
+    shared: bool,
     doubt: Option<DoubtRow>,
     expires: Option<u64>,
     tentative_until: Option<u64>,
@@ -118,6 +120,7 @@ impl BindingRow {
             state: saved.state,
             acked: saved.acked,
             seen_alive: saved.seen_alive,
+            shared: saved.shared,
             doubt: saved.doubt.map(|doubt| match doubt {
                 Doubt::Ambiguous => DoubtRow::Ambiguous,
                 Doubt::RecordsLost(at) => DoubtRow::RecordsLost(at.as_nanos()),
@@ -156,6 +159,7 @@ impl BindingRow {
             state: self.state,
             acked: self.acked,
             seen_alive: self.seen_alive,
+            shared: self.shared,
             doubt: self.doubt.map(|doubt| match doubt {
                 DoubtRow::Ambiguous => Doubt::Ambiguous,
                 DoubtRow::RecordsLost(at) => Doubt::RecordsLost(past(at)),
@@ -262,6 +266,7 @@ mod tests {
             state: State::Silent,
             acked: true,
             seen_alive: true,
+            shared: false,
             doubt: Some(Doubt::Conflict(Time::from_nanos(900_000_000_000))),
             expires: Some(Time::from_nanos(4_600_000_000_000)),
             tentative_until: None,
