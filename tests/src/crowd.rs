@@ -151,6 +151,7 @@ impl Crowd {
             Err(error) => return Err(error).context("cannot listen"),
         };
         let frame = Frame {
+            vlan: None,
             at: crate::clock::now(),
             outgoing: false,
             bytes: buffer[..length].to_vec(),
