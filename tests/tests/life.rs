@@ -16,7 +16,7 @@ use dhcp_reclaim_tests::{
     scene::Scene,
     server::{Place, Server, ServerKind},
     vm::{Client, ClientId, KillKind, Vm},
-    wire::{ACK, DISCOVER, Frame, NAK, RELEASE, REQUEST},
+    wire::{ACK, DISCOVER, Dhcp, Frame, NAK, RELEASE, REQUEST},
     world::{PATIENCE, World},
 };
 
@@ -45,7 +45,18 @@ fn clients(kind: ServerKind, client: Client, ids: &[ClientId]) -> Result<()> {
             ClientId::Given(given) => ensure!(id.as_ref() == Some(given), "{what} sent {id:?}"),
         }
         vm.kill(KillKind::PortDeleted)?;
-        let release = scene.wait_release(ip).with_context(|| what.clone())?;
+        // One that was slow to ask may have the address of one that is dead already.
+        let mac = vm.mac;
+        let frame = scene.wire.wait("its RELEASE", PATIENCE, |frame| {
+            let ours = |dhcp: &Dhcp| dhcp.kind() == Some(RELEASE) && dhcp.ciaddr == ip;
+            frame
+                .dhcp()
+                .is_some_and(|dhcp| ours(&dhcp) && dhcp.chaddr == mac)
+        });
+        let release = frame
+            .with_context(|| format!("{what}\n{}", scene.story()))?
+            .dhcp()
+            .context("not DHCP any more")?;
         ensure!(
             release.option(61).map(<[u8]>::to_vec) == id,
             "{what}: {release:?}"
