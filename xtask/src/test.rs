@@ -91,7 +91,7 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     }
     for built in &system {
         // Each test owns its world and mostly waits; more than this would only stretch the waits.
-        let threads = (2 * available_parallelism().map_or(1, usize::from)).min(8);
+        let threads = (1 + available_parallelism().map_or(1, usize::from)).min(8);
         let command = [built.executable.clone().into()];
         let command = as_root(&command, &[(BIN, agent.clone().into())])?;
         summary.run(
