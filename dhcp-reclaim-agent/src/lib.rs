@@ -8,6 +8,7 @@ pub mod config;
 pub mod control;
 pub mod core;
 pub mod emit;
+mod errors;
 pub mod kernel;
 pub mod packet;
 pub mod ports;

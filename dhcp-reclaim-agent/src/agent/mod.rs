@@ -41,6 +41,7 @@ use crate::{
         Probe, ProbeVia, Release, ReleaseOutcome, Role, Time,
     },
     emit::{PacketSocket, PrivateLink},
+    errors::chain,
     kernel::{self, AttachedHook, BATCH, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
     packet::{arp, release::release_frame},
     ports::{PortEvent, PortWatcher, local_addresses},
@@ -901,15 +902,4 @@ async fn is_local(bridge: IfIndex, ip: Ipv4Addr) -> bool {
             false
         }
     }
-}
-
-/// An error and its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -13,6 +13,7 @@ use super::{
     load::{PinDir, path_error, program},
 };
 use crate::core::{IfIndex, Port, Role};
+use crate::errors::chain;
 use aya::{
     Ebpf,
     programs::{
@@ -387,15 +388,4 @@ fn interface(ifindex: IfIndex) -> Result<String, KernelError> {
 /// aya's link errors have no place among its program errors.
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> ProgramError {
     ProgramError::IOError(io::Error::other(error))
-}
-
-/// An error with its causes, for a list of several.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
