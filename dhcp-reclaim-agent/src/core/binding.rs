@@ -29,6 +29,7 @@ pub struct Binding {
     /// The port's name, also after the port is gone.
     pub port_name: String,
     pub state: State,
+    pub origin: Origin,
     /// A server's ACK made it.
     pub acked: bool,
     /// The address itself was the source of a frame at its own port.
@@ -44,6 +45,8 @@ pub struct Binding {
     pub tentative_until: Option<Time>,
     pub last_seen: Option<Time>,
     pub since: Time,
+    /// When it fell silent, or its port was lost, if nothing was heard of it since.
+    pub silent_at: Option<Time>,
     pub check: Check,
     /// When the engine wants to look at it again.
     pub due: Option<Time>,
@@ -65,6 +68,17 @@ pub struct Binding {
     pub after: Option<MacAddr>,
     /// It was alive after its release, and that has been told.
     pub alarmed: bool,
+}
+
+/// How a lease came to be known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// Its DHCP was heard.
+    #[default]
+    Wire,
+    /// Somebody told us: a lease file, or the server when it was asked.
+    Imported,
 }
 
 /// What the server made of a RELEASE, which it does not answer.
@@ -98,6 +112,9 @@ pub enum Doubt {
     RecordsLost(Time),
     /// Another port claimed its address or its MAC at this time.
     Conflict(Time),
+    /// The server leased it to its MAC at another port too, while its own was up; or it was found at
+    /// another port where nobody had listened. Only an ACK ends it.
+    Contested,
 }
 
 /// The search for a sign of life.
@@ -123,9 +140,54 @@ pub struct Watching {
     pub probed_at: Option<Time>,
     /// Every port of the segment is watched, and probes go into the segment too.
     pub everywhere: bool,
+    /// It may have started elsewhere unheard: the uplink was not heard after a probe, or no agent
+    /// ran when it was last to be seen.
+    pub deaf: bool,
+    /// Its port is gone, and what was seen elsewhere until then has not been looked at yet.
+    pub closing: bool,
 }
 
 impl Binding {
+    /// Nothing is known of it but whose it is, and nothing is being done about it.
+    pub fn new(key: Key, chaddr: MacAddr, since: Time) -> Self {
+        Self {
+            key,
+            chaddr,
+            client_id: None,
+            server: None,
+            server_mac: None,
+            port: 0,
+            port_name: String::new(),
+            state: State::Requested,
+            origin: Origin::Wire,
+            acked: false,
+            seen_alive: false,
+            shared: false,
+            doubt: None,
+            expires: None,
+            tentative_until: None,
+            last_seen: None,
+            since,
+            silent_at: None,
+            check: Check::Idle,
+            due: None,
+            evidence: None,
+            held_by: None,
+            vetoed: false,
+            failures: 0,
+            turn: None,
+            outcome: None,
+            vigil: None,
+            after: None,
+            alarmed: false,
+        }
+    }
+
+    /// Somebody has it: the server's ACK was seen, or the VM at its own port.
+    pub fn is_known(&self) -> bool {
+        self.acked || self.seen_alive
+    }
+
     /// Whether a VM may still live behind it, so that it counts for the node.
     pub fn is_live(&self) -> bool {
         match self.state {
@@ -136,6 +198,22 @@ impl Binding {
                 false
             }
         }
+    }
+
+    /// One that has ended is remembered for as long as its VM may ask for the lease again and must
+    /// then not be taken for its only owner.
+    pub fn kept_until(&self) -> Option<Time> {
+        self.expires.filter(|_| self.shared)
+    }
+
+    /// Whether what came by the uplink may not have been heard.
+    pub fn was_deaf(&self) -> bool {
+        matches!(self.check, Check::Watching(watching) if watching.deaf)
+    }
+
+    /// Known by hearsay only: its VM was not seen here.
+    pub fn is_hearsay(&self) -> bool {
+        self.origin == Origin::Imported && !self.seen_alive
     }
 
     pub fn lost(&self) -> Option<(Time, PortLoss)> {
@@ -236,7 +314,7 @@ pub enum Speaker {
     ServerToVm,
     /// Somebody beyond an uplink.
     Beyond,
-    /// A VM that plays the server.
+    /// A VM that plays the server, or a server where nobody said that one is.
     RogueServer,
     /// A VM that speaks in another's name.
     Impostor,
@@ -254,11 +332,11 @@ impl Speaker {
         };
         match (message.role, message.direction, from_server) {
             (Role::Vm, Direction::ToPort, true) => Self::ServerToVm,
-            (Role::Vm, Direction::FromPort, true) => Self::RogueServer,
+            (Role::Vm | Role::Aside, Direction::FromPort, true) => Self::RogueServer,
             (Role::Vm, Direction::FromPort, false) if message.source_mac == message.chaddr => {
                 Self::Vm
             }
-            (Role::Vm, _, false) => Self::Impostor,
+            (Role::Vm, _, false) | (Role::Aside, _, _) => Self::Impostor,
             (Role::Uplink, _, _) => Self::Beyond,
         }
     }

@@ -1,6 +1,8 @@
 //! The machine: what happened and what time it is go in, what is to be done comes out.
 
+mod imports;
 mod memory;
+mod operator;
 mod outcome;
 
 use std::{
@@ -11,19 +13,23 @@ use std::{
 
 use super::{
     binding::{Ask, Binding, Check, Doubt, Speaker, Watching, lease_end},
+    counters,
     gates::{Case, Finding, Gate, Verdict, breaker_rule, secs},
-    limits::{Breaker, Pacing},
+    limits::Breaker,
+    pacing::{Pacing, ServerKey},
     policy::{Commit, Policy},
     types::{
         Action, Event, Evidence, IfIndex, Key, MacAddr, Message, MessageType, Notice, NoticeKind,
-        Port, PortLoss, Probe, ProbeVia, Release, ReleaseOutcome, Role, SegmentId, State, Time,
-        TransactionId, Vlan,
+        Port, PortLoss, Probe, ProbeVia, Release, ReleaseOutcome, Role, SegmentId, Sounding, State,
+        Time, TransactionId, Vlan, Vlans,
     },
 };
 
-use self::outcome::Aftermath;
+use self::{imports::Imports, operator::Operator, outcome::Aftermath};
 pub use self::{
-    memory::{Saved, SavedTransaction},
+    imports::{Import, ImportCount},
+    memory::{Saved, SavedAlarm, SavedRelease, SavedTransaction},
+    operator::{AskError, Resumed},
     outcome::Vigil,
 };
 
@@ -44,8 +50,9 @@ const RETRY: Duration = Duration::from_secs(1);
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
 /// An ACK is seen by the uplink and by the port, in whichever order, within this.
 const SAME_ANSWER: Duration = Duration::from_secs(1);
-/// One report of a rogue server per port in this time.
-const ROGUE_EVERY: Duration = Duration::from_secs(60);
+/// One report of a rogue server per port in this time, and one of lost records: a guest can cause as
+/// many as it likes.
+const REPORT_EVERY: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Debug)]
 struct PortInfo {
@@ -53,6 +60,13 @@ struct PortInfo {
     bindings: BTreeSet<Key>,
     transactions: BTreeSet<(u32, MacAddr)>,
     rogue_told: Option<Time>,
+    /// It is there, and has no carrier.
+    dark: bool,
+    /// Records of it were lost, the latest of them by then.
+    lost_at: Option<Time>,
+    lost_told: Option<Time>,
+    /// Records lost since that was told.
+    lost: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -61,11 +75,19 @@ struct Segment {
     uplinks: BTreeSet<IfIndex>,
     /// It has one, or had: without it, a VM that moved is only out of sight.
     had_uplink: bool,
+    /// Some of its ports are not asked for their DHCP, or were not.
+    had_aside: bool,
+    /// Why nothing of it may be released.
+    held: Option<String>,
+    /// Of its bridge itself, if that filters VLANs.
+    vlans: Option<Vlans>,
     /// Learned from what servers sent in by an uplink, for where ACKs to VMs are not seen.
     servers: BTreeMap<(Vlan, Ipv4Addr), MacAddr>,
+    /// By server: the latest relay that one of its ACKs came by (its `giaddr`).
+    relays: BTreeMap<(Vlan, Ipv4Addr), (Ipv4Addr, MacAddr)>,
 }
 
-/// Servers of one segment whose MAC is remembered.
+/// Servers of one segment whose MAC, or relay, is remembered.
 const SERVERS_PER_SEGMENT: usize = 256;
 
 #[derive(Clone, Debug)]
@@ -84,6 +106,8 @@ struct Transaction {
 pub struct Engine {
     policy: Policy,
     started_at: Time,
+    /// Its start, or the end of the latest time in which it did not run.
+    listens_since: Time,
     ports: BTreeMap<IfIndex, PortInfo>,
     /// Bindings of links that are no ports at the moment.
     detached: BTreeMap<IfIndex, BTreeSet<Key>>,
@@ -99,6 +123,10 @@ pub struct Engine {
     breaker: Breaker,
     pacing: Pacing,
     aftermath: Aftermath,
+    imports: Imports,
+    /// What the gates said when a RELEASE that has not been answered yet was ordered.
+    grounds: BTreeMap<Key, Vec<Finding>>,
+    operator: Operator,
     counters: BTreeMap<&'static str, u64>,
     actions: VecDeque<Action>,
 }
@@ -109,6 +137,7 @@ impl Engine {
         Self {
             policy,
             started_at: now,
+            listens_since: now,
             ports: BTreeMap::new(),
             detached: BTreeMap::new(),
             segments: BTreeMap::new(),
@@ -122,8 +151,32 @@ impl Engine {
             breaker: Breaker::default(),
             pacing,
             aftermath: Aftermath::default(),
-            counters: BTreeMap::new(),
+            imports: Imports::default(),
+            grounds: BTreeMap::new(),
+            operator: Operator::default(),
+            counters: counters::at_zero(),
             actions: VecDeque::new(),
+        }
+    }
+
+    /// Decides by another policy from here on, what is open included. Nothing that was found out is
+    /// forgotten: who is watched is watched on, for as long as the new one wants it.
+    pub fn set_policy(&mut self, policy: Policy, now: Time) {
+        self.pacing.set_pace(policy.rate, policy.burst, now);
+        let silence = policy.silence;
+        self.policy = policy;
+        let at_rest = self
+            .bindings
+            .values()
+            .filter(|b| b.state == State::Bound && b.check == Check::Idle);
+        let sooner: Vec<(Key, Time)> = at_rest
+            .filter_map(|binding| {
+                let due = (binding.last_seen.unwrap_or(now) + silence).max(now);
+                (due < binding.due?).then_some((binding.key, due))
+            })
+            .collect();
+        for (key, due) in sooner {
+            self.schedule(key, due);
         }
     }
 
@@ -136,7 +189,10 @@ impl Engine {
     pub fn poll_timeout(&self) -> Option<Time> {
         let binding = self.timers.first().map(|(at, _)| *at);
         let transaction = self.transactions_due.first().map(|(at, ..)| *at);
-        binding.into_iter().chain(transaction).min()
+        let import = self.imports.due();
+        let question = self.operator.next();
+        let others = [transaction, import, question].into_iter().flatten();
+        binding.into_iter().chain(others).min()
     }
 
     pub fn handle_timeout(&mut self, now: Time) {
@@ -145,6 +201,9 @@ impl Engine {
                 break;
             }
             self.close_transaction(port, xid, mac);
+        }
+        if self.imports.due().is_some_and(|at| at <= now) {
+            self.search_imports(now);
         }
         while let Some(&(at, key)) = self.timers.first() {
             if at > now {
@@ -156,22 +215,41 @@ impl Engine {
             }
             self.wake(key, now);
         }
+        self.wake_questions(now);
     }
 
     pub fn handle(&mut self, event: Event, now: Time) {
         match event {
             Event::PortUp(port) => self.port_up(port, now),
             Event::PortDown { port, loss } => self.port_down(port, loss, now),
+            Event::SegmentHeld { segment, reason } => self.segment_held(segment, reason, now),
+            Event::SegmentVlans { segment, own } => {
+                if self.segment(segment).vlans != own {
+                    self.segment(segment).vlans = own;
+                    self.look_anew(segment, now);
+                }
+            }
+            Event::PvidChanged { port } => self.pvid_changed(port, now),
             Event::Message(message) => self.message(&message, now),
             Event::RecordsLost { port, count } => self.records_lost(port, count, now),
-            Event::Evidence { key, evidence } => self.evidence(key, evidence, now),
+            Event::Overslept { suspended } => self.overslept(suspended, now),
+            Event::Evidence { key, evidence } => {
+                if !self.is_answered(key, &evidence) {
+                    self.evidence(key, evidence, now);
+                    self.conclude(key, now);
+                }
+            }
             Event::Probed { key, sent } => self.probed(key, sent, now),
-            Event::Released { key, outcome } => self.released(key, outcome, now),
+            Event::Released { key, outcome } => {
+                self.released(key, outcome, now);
+                self.answer_outcome(key, outcome);
+            }
             Event::Queried {
                 key,
                 server,
                 answer,
             } => self.queried(key, server, answer, now),
+            Event::ServerRead { server, mark } => self.server_read(server, mark, now),
         }
     }
 
@@ -188,8 +266,13 @@ impl Engine {
 
     /// What each gate would say now.
     pub fn explain(&self, key: Key, now: Time) -> Option<Vec<Finding>> {
-        let binding = self.bindings.get(&key)?;
+        let binding = self.bindings.get(&key).or_else(|| self.imports.get(key))?;
         Some(self.case(binding).findings(now))
+    }
+
+    /// What the gates said when the RELEASE of `key` that is on its way was ordered.
+    pub fn grounds(&self, key: Key) -> &[Finding] {
+        self.grounds.get(&key).map_or(&[], Vec::as_slice)
     }
 
     pub fn counters(&self) -> &BTreeMap<&'static str, u64> {
@@ -204,18 +287,9 @@ impl Engine {
 
     fn port_up(&mut self, port: Port, now: Time) {
         let settle = now + self.policy.settle;
-        let started_at = self.started_at;
-        let settled_after_start = started_at + self.policy.settle;
-        let segment = self
-            .segments
-            .entry(port.segment)
-            .or_insert_with(|| Segment {
-                settled_at: settled_after_start,
-                uplinks: BTreeSet::new(),
-                had_uplink: false,
-                servers: BTreeMap::new(),
-            });
+        let segment = self.segment(port.segment);
         segment.had_uplink |= port.role == Role::Uplink;
+        segment.had_aside |= port.role == Role::Aside;
         if port.role == Role::Uplink && segment.uplinks.insert(port.ifindex) {
             segment.settled_at = segment.settled_at.max(settle);
         }
@@ -228,8 +302,12 @@ impl Engine {
             match port.role {
                 Role::Vm => "watched".to_owned(),
                 Role::Uplink => "watched as an uplink".to_owned(),
+                Role::Aside => "watched for VMs that move there: no VM's port by --port".to_owned(),
             },
         );
+        if port.role == Role::Vm {
+            self.look_for_imports(port.segment, now);
+        }
         let ifindex = port.ifindex;
         let known = self.ports.get_mut(&ifindex);
         let Some(info) = known else {
@@ -240,6 +318,7 @@ impl Engine {
         let moved_from = (info.port.segment != port.segment).then_some(info.port.segment);
         let renamed = info.port.name != port.name;
         info.port = port;
+        info.dark = false;
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
         for key in keys {
             if renamed {
@@ -259,9 +338,94 @@ impl Engine {
         }
     }
 
+    fn segment(&mut self, id: SegmentId) -> &mut Segment {
+        let settled_at = self.started_at + self.policy.settle;
+        self.segments.entry(id).or_insert_with(|| Segment {
+            settled_at,
+            uplinks: BTreeSet::new(),
+            had_aside: false,
+            had_uplink: false,
+            held: None,
+            vlans: None,
+            servers: BTreeMap::new(),
+            relays: BTreeMap::new(),
+        })
+    }
+
+    fn segment_held(&mut self, id: SegmentId, reason: Option<String>, now: Time) {
+        let segment = self.segment(id);
+        if segment.held == reason {
+            return;
+        }
+        segment.held.clone_from(&reason);
+        self.look_anew(id, now);
+        if let Some(reason) = reason {
+            let reason = format!("{}: {reason}", Gate::Confirmed);
+            self.notify(now, NoticeKind::Held, None, None, None, reason);
+        }
+    }
+
+    /// What is told from now on may have been so for long: the same as after a start.
+    fn overslept(&mut self, suspended: Duration, now: Time) {
+        self.add("overslept", 1);
+        self.listens_since = now;
+        // The server's clock went on meanwhile.
+        let sooner = u64::try_from(suspended.as_nanos()).unwrap_or(u64::MAX);
+        for binding in self.bindings.values_mut() {
+            if let Some(end) = &mut binding.expires {
+                *end = Time::from_nanos(end.as_nanos().saturating_sub(sooner));
+            }
+            if let Check::Watching(watching) = &mut binding.check {
+                watching.deaf |= watching.lost.is_some();
+            }
+        }
+        let segments: Vec<SegmentId> = self.segments.keys().copied().collect();
+        for segment in segments {
+            self.look_anew(segment, now);
+        }
+        if sooner > 0 {
+            let keys: Vec<Key> = self.bindings.keys().copied().collect();
+            for key in keys {
+                self.save(key);
+            }
+        }
+    }
+
+    /// What was seen of a segment until now may have been seen as another VLAN's.
+    fn look_anew(&mut self, id: SegmentId, now: Time) {
+        let settle = now + self.policy.settle;
+        let segment = self.segment(id);
+        segment.settled_at = segment.settled_at.max(settle);
+        let of_segment = |key: &&Key| key.segment == id;
+        let keys: Vec<Key> = self.bindings.keys().filter(of_segment).copied().collect();
+        for key in keys {
+            self.restart_hold(key, now);
+        }
+    }
+
+    /// Its VMs' leases belong to the VLAN that they were taken on.
+    fn pvid_changed(&mut self, port: IfIndex, now: Time) {
+        let Some(info) = self.ports.get(&port) else {
+            return;
+        };
+        let segment = info.port.segment;
+        let keys: Vec<Key> = info.bindings.iter().copied().collect();
+        let transactions: Vec<_> = info.transactions.iter().copied().collect();
+        for (xid, mac) in transactions {
+            self.close_transaction(port, xid, mac);
+        }
+        for key in keys {
+            let reason = "its port's untagged frames belong to another VLAN now".to_owned();
+            self.end(key, State::Moved, reason, now);
+        }
+        self.look_anew(segment, now);
+    }
+
     /// A link that had been detached is a port again, perhaps of another bridge.
     fn plugged_in_again(&mut self, port: IfIndex, now: Time) {
-        let segment = self.segment_of(port);
+        let place = self.ports.get(&port).map(|info| &info.port);
+        let segment = place.map(|port| port.segment);
+        let is_vms = place.is_some_and(|port| port.role == Role::Vm);
         for key in self.detached.remove(&port).unwrap_or_default() {
             let Some(binding) = self
                 .bindings
@@ -277,6 +441,11 @@ impl Engine {
                     "its port went to another bridge".to_owned(),
                     now,
                 );
+                continue;
+            }
+            if !is_vms {
+                let reason = "its port is no VM's port any more".to_owned();
+                self.end(key, State::Moved, reason, now);
                 continue;
             }
             if let Some(info) = self.ports.get_mut(&port) {
@@ -295,8 +464,8 @@ impl Engine {
         let segment = info.port.segment;
         match loss {
             // It is still a port: what comes back by it is known.
-            PortLoss::CarrierLost | PortLoss::LinkDown => {}
-            PortLoss::Deleted | PortLoss::Detached => {
+            PortLoss::CarrierLost | PortLoss::LinkDown => info.dark = true,
+            PortLoss::Deleted | PortLoss::Detached | PortLoss::Unseen => {
                 let transactions: Vec<_> = info.transactions.iter().copied().collect();
                 for (xid, mac) in transactions {
                     self.close_transaction(port, xid, mac);
@@ -341,7 +510,17 @@ impl Engine {
         if binding.state == State::Releasing {
             return;
         }
-        self.begin_watch(key, Some((now, loss)), true, now);
+        let mac = binding.chaddr;
+        let closing = match &mut binding.check {
+            Check::Watching(watching) => {
+                // It may have been seen at its new port already, or not yet at its own.
+                watching.lost = Some((now, loss));
+                watching.closing = true;
+                true
+            }
+            Check::Glancing | Check::Idle => false,
+        };
+        let own_port = Some(binding.port);
         self.set_state(
             key,
             State::Silent,
@@ -349,6 +528,24 @@ impl Engine {
             format!("its port: {}", loss_text(loss)),
             now,
         );
+        if closing {
+            self.actions.push_back(Action::Look { key, mac, own_port });
+            self.schedule(key, now + RETRY);
+        } else {
+            self.search(key, (now, loss), now);
+        }
+    }
+
+    /// Asks for it everywhere: its port is gone.
+    fn search(&mut self, key: Key, lost: (Time, PortLoss), now: Time) {
+        self.begin_watch(key, Some(lost), true, now);
+        if let Some(binding) = self.bindings.get_mut(&key)
+            && binding.last_seen.is_none_or(|at| at < self.listens_since)
+            && let Check::Watching(watching) = &mut binding.check
+        {
+            // It may have been started at another port while nobody listened.
+            watching.deaf = true;
+        }
         self.send_probes(key, now);
     }
 
@@ -365,24 +562,33 @@ impl Engine {
     }
 
     fn records_lost(&mut self, port: IfIndex, lost: u32, now: Time) {
-        let Some(info) = self.ports.get(&port) else {
+        let Some(info) = self.ports.get_mut(&port) else {
             return;
         };
-        let name = info.port.name.clone();
+        info.lost_at = Some(now);
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
+        info.lost = info.lost.saturating_add(lost);
+        if info
+            .lost_told
+            .is_none_or(|at| now.since(at) >= REPORT_EVERY)
+        {
+            info.lost_told = Some(now);
+            let count = std::mem::take(&mut info.lost);
+            let name = info.port.name.clone();
+            self.notify(
+                now,
+                NoticeKind::RecordsLost,
+                None,
+                None,
+                Some(name),
+                format!("{count} records lost; its bindings are uncertain until seen again"),
+            );
+        }
         self.add("records_lost", u64::from(lost));
-        self.notify(
-            now,
-            NoticeKind::RecordsLost,
-            None,
-            None,
-            Some(name),
-            format!("{lost} records lost; its bindings are uncertain until seen again"),
-        );
         for key in keys {
             if let Some(binding) = self.bindings.get_mut(&key) {
-                // Only an ACK that is clear ends an ambiguity, so that one stays.
-                if binding.doubt != Some(Doubt::Ambiguous) {
+                // Only an ACK that is clear ends these, so that they stay.
+                if !matches!(binding.doubt, Some(Doubt::Ambiguous | Doubt::Contested)) {
                     binding.doubt = Some(Doubt::RecordsLost(now));
                 }
                 self.save(key);
@@ -400,6 +606,7 @@ impl Engine {
         let segment = info.port.segment;
         self.add("messages", 1);
         self.heard_after(segment, message, now);
+        self.import_heard(segment, message);
         match Speaker::of(message) {
             Speaker::Vm => self.vm_says(segment, message, now),
             Speaker::ServerToVm => self.server_says(segment, message, now),
@@ -501,6 +708,9 @@ impl Engine {
             self.add("bindings_refused", 1);
             return;
         }
+        if self.held_behind_another(key, message.port, message.chaddr) {
+            return;
+        }
         let port_name = info.port.name.clone();
         let server = ask.server();
         let after = self.released_before(key);
@@ -511,33 +721,17 @@ impl Engine {
             .is_some_and(|b| b.shared && b.client_id == message.client_id);
         self.remove(key);
         self.insert(Binding {
-            key,
-            chaddr: message.chaddr,
             client_id: message.client_id.clone(),
             server,
             server_mac: server_mac.or(known_mac),
             port: message.port,
             port_name,
             state: State::Requested,
-            acked: false,
-            seen_alive: false,
             shared,
-            doubt: None,
-            expires: None,
             tentative_until: Some(now + TRANSACTION),
             last_seen: Some(message.seen_at),
-            since: now,
-            check: Check::Idle,
-            due: None,
-            evidence: None,
-            held_by: None,
-            vetoed: false,
-            failures: 0,
-            turn: None,
-            outcome: None,
-            vigil: None,
             after,
-            alarmed: false,
+            ..Binding::new(key, message.chaddr, now)
         });
         self.tell(
             key,
@@ -611,6 +805,7 @@ impl Engine {
             return;
         }
         self.close_transaction(message.port, message.xid, message.chaddr);
+        self.learn_relay(segment, message);
         let key = Key {
             segment,
             vlan: message.vlan,
@@ -625,6 +820,8 @@ impl Engine {
         };
         let port_name = info.port.name.clone();
         let full = info.bindings.len() >= self.policy.bindings_per_port;
+        // What was lost may be newer than what is read only now.
+        let lost_since = info.lost_at.filter(|at| message.seen_at < *at);
         let place = format!("on {port_name}");
         self.handed_on(key, message.chaddr, &place, now);
         self.bound_again(segment, message.chaddr);
@@ -632,12 +829,7 @@ impl Engine {
         let renewed = previous.as_ref().is_some_and(|b| {
             b.acked && b.is_live() && b.port == message.port && b.chaddr == message.chaddr
         });
-        if let Some(previous) = previous.as_ref().filter(|b| b.is_live())
-            && previous.acked
-            && previous.chaddr == message.chaddr
-            && previous.port != message.port
-            && previous.lost().is_none()
-        {
+        if self.held_behind_another(key, message.port, message.chaddr) {
             // Its owner's port is up, so this may be a neighbour who borrows the MAC and is given
             // its lease, and whose port's end would then be taken for the owner's. A binding
             // follows a VM to a new port only when the old one is gone.
@@ -645,13 +837,21 @@ impl Engine {
             let reason = format!("the server leased it to the same MAC on {port_name}");
             self.sooner(key, expires);
             self.in_conflict(key, reason, now);
+            if let Some(binding) = self.bindings.get_mut(&key) {
+                // Frames do not settle it: whoever lives behind the old port can use the MAC.
+                let ambiguous = binding.doubt.filter(|doubt| *doubt == Doubt::Ambiguous);
+                binding.doubt = ambiguous.or(Some(Doubt::Contested));
+                self.save(key);
+            }
             return;
         }
         let shared = previous.as_ref().is_some_and(|b| {
             // What one clone gives back, the other still has.
             let same = b.shared && b.client_id == transaction.client_id;
-            let taken = b.acked && b.lost().is_none() && b.chaddr != message.chaddr;
-            same || (b.is_live() && taken)
+            let taken = b.is_known() && b.lost().is_none() && b.chaddr != message.chaddr;
+            // One that the server leased it to at another port too may have it still.
+            let may_live = b.is_live() || b.doubt == Some(Doubt::Contested);
+            same || (may_live && taken)
         });
         if let Some(previous) = previous.filter(Binding::is_live)
             && (previous.port, previous.chaddr) != (message.port, message.chaddr)
@@ -678,10 +878,12 @@ impl Engine {
             return;
         }
         self.remove(key);
-        let doubt = (transaction.ambiguous || message.ambiguous).then_some(Doubt::Ambiguous);
+        let doubt = if transaction.ambiguous || message.ambiguous {
+            Some(Doubt::Ambiguous)
+        } else {
+            lost_since.map(Doubt::RecordsLost)
+        };
         self.insert(Binding {
-            key,
-            chaddr: message.chaddr,
             client_id: transaction.client_id.clone(),
             server,
             server_mac: Some(message.source_mac).filter(|mac| mac.is_unicast()),
@@ -689,24 +891,11 @@ impl Engine {
             port_name,
             state: State::Bound,
             acked: true,
-            seen_alive: false,
             shared,
             doubt,
             expires,
-            tentative_until: None,
             last_seen: Some(message.seen_at),
-            since: now,
-            check: Check::Idle,
-            due: None,
-            evidence: None,
-            held_by: None,
-            vetoed: false,
-            failures: 0,
-            turn: None,
-            outcome: None,
-            vigil: None,
-            after: None,
-            alarmed: false,
+            ..Binding::new(key, message.chaddr, now)
         });
         let kind = if renewed {
             NoticeKind::Renewed
@@ -736,6 +925,7 @@ impl Engine {
         match message.kind {
             MessageType::Ack | MessageType::Nak | MessageType::Offer => {
                 self.learn_server(segment, message);
+                self.learn_relay(segment, message);
                 let (xid, mac) = (message.xid, message.chaddr);
                 let asked = self
                     .transactions
@@ -784,7 +974,7 @@ impl Engine {
             return;
         }
         let (state, who) = if binding.chaddr == message.chaddr {
-            if binding.acked && binding.lost().is_none() {
+            if binding.is_known() && binding.lost().is_none() {
                 // Anybody can ask in its name, and our record of its own question may be lost.
                 let expires = message
                     .lease_secs
@@ -796,6 +986,11 @@ impl Engine {
             }
             (State::Moved, "its MAC".to_owned())
         } else {
+            let shared = binding.is_known() && binding.lost().is_none();
+            if let Some(binding) = self.bindings.get_mut(&key) {
+                // It lives, as far as is known here: one of two clones, who will ask for it again.
+                binding.shared |= shared;
+            }
             (State::Withdrawn, message.chaddr.to_string())
         };
         self.end(
@@ -821,7 +1016,7 @@ impl Engine {
         };
         if info
             .rogue_told
-            .is_some_and(|at| now.since(at) < ROGUE_EVERY)
+            .is_some_and(|at| now.since(at) < REPORT_EVERY)
         {
             return;
         }
@@ -833,8 +1028,8 @@ impl Engine {
             Some(message.source_ip),
             Some(message.source_mac),
             Some(name),
-            "a VM's port sent a DHCP server's message, which is not believed; if a server lives there, \
-             name the port with --uplink"
+            "a port that is no uplink sent a DHCP server's message, which is not believed; if a server \
+             lives there, name the port with --uplink"
                 .to_owned(),
         );
     }
@@ -843,7 +1038,10 @@ impl Engine {
     /// begins anew, and a claim from another port than the owner's is a conflict.
     fn claimed(&mut self, segment: SegmentId, message: &Message, now: Time) {
         let mut keys: BTreeSet<Key> = BTreeSet::new();
-        let asked = Ask::of(message).and_then(Ask::ip).or(message.ciaddr);
+        let asked = Ask::of(message)
+            .and_then(Ask::ip)
+            .or(message.ciaddr)
+            .or(message.requested_ip);
         keys.extend(asked.map(|ip| Key {
             segment,
             vlan: message.vlan,
@@ -863,24 +1061,24 @@ impl Engine {
             if binding.port == message.port && binding.chaddr == message.chaddr {
                 continue;
             }
-            if !binding.is_live() {
-                continue;
+            let clone = asked == Some(key.ip)
+                && message.chaddr != binding.chaddr
+                && message.client_id.is_some()
+                && message.client_id == binding.client_id;
+            if clone && let Some(binding) = self.bindings.get_mut(&key) {
+                // Of one that has ended, too: it may ask for the lease again.
+                binding.shared = true;
             }
+            let Some(binding) = self.bindings.get(&key).filter(|b| b.is_live()) else {
+                continue;
+            };
             if binding.port == message.port && message.chaddr != binding.chaddr {
                 // Another MAC behind the same port asks for the address: it may only want it.
                 self.restart_hold(key, now);
                 continue;
             }
-            let clone = message.kind == MessageType::Request
-                && asked == Some(key.ip)
-                && message.chaddr != binding.chaddr
-                && message.client_id.is_some()
-                && message.client_id == binding.client_id;
             let lost = binding.lost().is_some();
             let port = self.port_name(message.port);
-            if clone && let Some(binding) = self.bindings.get_mut(&key) {
-                binding.shared = true;
-            }
             if lost {
                 self.restart_hold(key, now);
                 continue;
@@ -901,6 +1099,7 @@ impl Engine {
     fn sooner(&mut self, key: Key, expires: Option<Time>) {
         if let Some(binding) = self.bindings.get_mut(&key) {
             binding.expires = binding.expires.into_iter().chain(expires).min();
+            self.save(key);
         }
     }
 
@@ -915,8 +1114,13 @@ impl Engine {
             vlan: message.vlan,
             ip,
         };
-        let other = |binding: &Binding| binding.is_live() && binding.chaddr != message.chaddr;
-        if self.bindings.get(&key).is_some_and(other) {
+        let Some(binding) = self.bindings.get(&key).filter(|b| b.is_live()) else {
+            return;
+        };
+        if binding.chaddr == message.chaddr {
+            let secs = message.lease_secs;
+            self.sooner(key, secs.and_then(|secs| lease_end(message.seen_at, secs)));
+        } else {
             let reason = format!("a doubtful answer leases it to {}", message.chaddr);
             self.in_conflict(key, reason, now);
         }
@@ -1004,6 +1208,23 @@ impl Engine {
             .is_some_and(|b| b.is_live() && b.port == port && b.chaddr == mac)
     }
 
+    /// The same MAC has the address behind another port that is up, or may still have it though its
+    /// time ran out here, for its renewals may be among records that were lost, or though a frame of
+    /// it came from elsewhere, which another can send.
+    fn held_behind_another(&self, key: Key, port: IfIndex, mac: MacAddr) -> bool {
+        let Some(binding) = self.bindings.get(&key) else {
+            return false;
+        };
+        let holds = binding.is_live() || matches!(binding.state, State::Expired | State::Moved);
+        let port_is_up = |port| self.ports.get(&port).is_some_and(|info| !info.dark);
+        binding.is_known()
+            && binding.chaddr == mac
+            && binding.port != port
+            && binding.lost().is_none()
+            && port_is_up(binding.port)
+            && holds
+    }
+
     fn open_transaction(&mut self, message: &Message, transaction: Transaction) {
         let Some(info) = self.ports.get_mut(&message.port) else {
             return;
@@ -1050,6 +1271,32 @@ impl Engine {
         if segment.servers.len() < SERVERS_PER_SEGMENT || segment.servers.contains_key(&id) {
             segment.servers.insert(id, message.source_mac);
         }
+    }
+
+    fn learn_relay(&mut self, segment: SegmentId, message: &Message) {
+        let (Some(server), Some(relay)) = (message.server_id, message.giaddr) else {
+            return;
+        };
+        let Some(segment) = self.segments.get_mut(&segment) else {
+            return;
+        };
+        let id = (message.vlan, server);
+        let room = segment.relays.len() < SERVERS_PER_SEGMENT || segment.relays.contains_key(&id);
+        if room && message.source_mac.is_unicast() {
+            segment.relays.insert(id, (relay, message.source_mac));
+        }
+    }
+
+    /// Whom to ask whether the way to the server is open: itself, or the relay that stands for it on
+    /// this link, where nobody would answer for an address beyond.
+    fn control_probe(&self, binding: &Binding) -> Option<Probe> {
+        let Key { segment, vlan, .. } = binding.key;
+        let server = binding.server?;
+        let relays = self.segments.get(&segment).map(|segment| &segment.relays);
+        let relay = relays.and_then(|relays| relays.get(&(vlan, server)).copied());
+        let (ip, mac) = relay.or(binding.server_mac.map(|mac| (server, mac)))?;
+        let via = ProbeVia::Segment(segment);
+        Some(Probe { via, vlan, ip, mac })
     }
 
     fn server_mac(&self, segment: SegmentId, vlan: Vlan, server: Ipv4Addr) -> Option<MacAddr> {
@@ -1100,6 +1347,9 @@ impl Engine {
     }
 
     fn evidence(&mut self, key: Key, evidence: Evidence, now: Time) {
+        if !self.bindings.contains_key(&key) && self.import_seen(key, evidence, now) {
+            return;
+        }
         if self
             .bindings
             .get(&key)
@@ -1119,6 +1369,24 @@ impl Engine {
         match binding.check {
             Check::Idle => {}
             Check::Glancing => self.glanced(key, evidence, now),
+            Check::Watching(watching) if watching.closing => {
+                // What came by its own port came before that was lost, and says no more than that.
+                let since = |at: &Time| *at >= watching.armed_at;
+                let own_at = evidence.own_at.filter(since);
+                binding.last_seen = binding.last_seen.max(own_at);
+                let seen = evidence
+                    .elsewhere
+                    .filter(|(at, _)| since(at) && own_at.is_none_or(|own| *at > own));
+                let evidence = Evidence {
+                    own_at: None,
+                    address_at: None,
+                    ..evidence
+                };
+                match (seen, watching.lost) {
+                    (Some(_), _) | (None, None) => self.watched(key, watching, evidence, now),
+                    (None, Some((_, loss))) => self.search(key, (now, loss), now),
+                }
+            }
             Check::Watching(watching) => self.watched(key, watching, evidence, now),
         }
     }
@@ -1132,13 +1400,19 @@ impl Engine {
             .ports
             .get(&binding.port)
             .is_some_and(|info| info.bindings.len() == 1);
-        // Which address its VM has now, the port's slot does not tell.
-        let certain = !matches!(binding.doubt, Some(Doubt::RecordsLost(_)));
+        // Whether that is its VM, and which address it has now, the port's slot does not tell.
+        let certain = matches!(binding.doubt, None | Some(Doubt::Ambiguous));
         let heard = evidence
             .port_at
             .filter(|at| binding.last_seen.is_none_or(|seen| *at > seen));
         match heard {
-            Some(at) if alone && certain && binding.state != State::Requested => {
+            // What came while nobody listened says little of where the VM is now.
+            Some(at)
+                if alone
+                    && certain
+                    && at >= self.listens_since
+                    && binding.state != State::Requested =>
+            {
                 self.alive(key, at, "its port is heard", now);
                 self.rest(key, now);
             }
@@ -1176,10 +1450,19 @@ impl Engine {
             .filter(|(at, _)| *at >= watching.armed_at)
             .filter(|_| !self.policy.without.contains(&Gate::Elsewhere))
         {
+            let other = evidence.address.filter(|(at, _)| *at >= watching.armed_at);
+            if let (Some((_, mac)), Some(binding)) = (other, self.bindings.get_mut(&key)) {
+                // A clone of it, which the server knows by the same client-id.
+                binding.shared |= binding.client_id.is_some() && mac != binding.chaddr;
+            }
             self.found_elsewhere(key, watching, at, port, now);
             return;
         }
         let uplink = self.has_uplink(key.segment);
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
+        let answered_within = self.case(binding).probe_wait();
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
@@ -1192,14 +1475,25 @@ impl Engine {
         if uplink
             && watching.everywhere
             && let Some(probed_at) = watching.probed_at
+            && now.since(probed_at) >= answered_within
             && evidence
                 .uplink_at
                 .is_none_or(|at| at + HEARD_WITHIN < probed_at)
         {
-            // The latest probe may have left by a cut cable, and those before it too.
-            watching.probes = 0;
-            binding.check = Check::Watching(watching);
+            // The latest probe may have left by a cut cable, and what came while it was cut nobody
+            // heard: silence begins anew, and a VM that started elsewhere meanwhile has more time.
+            self.begin_watch(key, watching.lost, true, now);
+            watching = Watching {
+                armed_at: now,
+                probes: 0,
+                deaf: true,
+                ..watching
+            };
+            self.set_check(key, Check::Watching(watching));
         }
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
         if binding.state == State::Requested {
             self.ask_again(key, watching, now);
             return;
@@ -1213,9 +1507,11 @@ impl Engine {
             self.set_state(key, State::Silent, NoticeKind::Silent, reason, now);
             // From here on every port of the segment counts, for it may have moved; and the silence
             // that a RELEASE stands on is one that was watched everywhere.
-            self.begin_watch(key, None, true, now);
-            self.send_probes(key, now);
-            return;
+            if !watching.everywhere {
+                self.begin_watch(key, None, true, now);
+                self.send_probes(key, now);
+                return;
+            }
         }
         let Some(binding) = self.bindings.get(&key) else {
             return;
@@ -1235,11 +1531,7 @@ impl Engine {
             return;
         };
         if binding.state != State::Gone {
-            let reason = reason_of(findings, Gate::Dead);
-            self.set_state(key, State::Gone, NoticeKind::Gone, reason, now);
-            if let Some(rule) = breaker_rule(&self.policy) {
-                self.breaker.died(key, now, self.live, rule);
-            }
+            self.found_dead(key, findings, now);
             let Some(binding) = self.bindings.get(&key) else {
                 return;
             };
@@ -1249,6 +1541,14 @@ impl Engine {
             return;
         }
         self.judge(key, findings, now);
+    }
+
+    fn found_dead(&mut self, key: Key, findings: &[Finding], now: Time) {
+        let reason = reason_of(findings, Gate::Dead);
+        self.set_state(key, State::Gone, NoticeKind::Gone, reason, now);
+        if let Some(rule) = breaker_rule(&self.policy) {
+            self.breaker.died(key, now, self.live, rule);
+        }
     }
 
     fn judge(&mut self, key: Key, findings: &[Finding], now: Time) {
@@ -1285,6 +1585,7 @@ impl Engine {
             | Gate::Unique
             | Gate::HoldDown
             | Gate::Settled
+            | Gate::Paused
             | Gate::Breaker
             | Gate::Kernel => stop
                 .again_at
@@ -1314,12 +1615,53 @@ impl Engine {
         let Some(binding) = self.bindings.get_mut(&key) else {
             return again;
         };
-        let (None, Some(server)) = (binding.turn, binding.server) else {
+        let Some(server) = binding.server else {
             return again;
         };
-        let turn = self.pacing.queue((key.segment, key.vlan, server), now);
+        let pace = (key.segment, key.vlan, server);
+        if let Some(turn) = binding.turn {
+            self.pacing.wait_again(pace, key, turn);
+            self.sound(key, now);
+            return again;
+        }
+        let turn = self.pacing.queue(pace, key, now);
         binding.turn = Some(turn);
+        self.sound(key, now);
         turn.max(soon)
+    }
+
+    /// Asks the server of `key` how far it has read, if it is time to.
+    fn sound(&mut self, key: Key, now: Time) {
+        let Some(server) = self.bindings.get(&key).and_then(|b| b.server) else {
+            return;
+        };
+        let server_mac = self.bindings.get(&key).and_then(|b| b.server_mac);
+        if let Some(mark) = self.pacing.sounding((key.segment, key.vlan, server), now) {
+            self.add("soundings", 1);
+            self.actions.push_back(Action::Sound(Sounding {
+                segment: key.segment,
+                vlan: key.vlan,
+                server,
+                server_mac: server_mac.or_else(|| self.server_mac(key.segment, key.vlan, server)),
+                ip: key.ip,
+                mark,
+            }));
+        }
+    }
+
+    /// A server has read what it was sent up to `mark`: those who wait for it go on.
+    fn server_read(&mut self, server: ServerKey, mark: u64, now: Time) {
+        self.add("soundings_answered", 1);
+        for (turn, key) in self.pacing.read_up_to(server, mark, now) {
+            if let Some(binding) = self.bindings.get_mut(&key)
+                && binding.turn == Some(turn)
+            {
+                binding.turn = Some(now);
+                self.schedule(key, now);
+            } else {
+                self.pacing.leave(server, key, turn);
+            }
+        }
     }
 
     fn order_release(&mut self, key: Key, now: Time) {
@@ -1333,9 +1675,10 @@ impl Engine {
         let (Some(server), Check::Watching(watching)) = (binding.server, binding.check) else {
             return;
         };
-        if !self.pacing.take((key.segment, key.vlan, server), now)
-            && !self.policy.without.contains(&Gate::Rate)
-        {
+        // Before the token is taken: a gate that passed is not to seem to hold.
+        let grounds = self.case(binding).findings(now);
+        let (pace, turn) = ((key.segment, key.vlan, server), binding.turn);
+        if !self.pacing.take(pace, key, turn, now) && !self.policy.without.contains(&Gate::Rate) {
             self.schedule(key, now + HELD_AGAIN);
             return;
         }
@@ -1356,10 +1699,13 @@ impl Engine {
             secs(now.since(watching.armed_at))
         );
         self.set_state(key, State::Releasing, NoticeKind::Releasing, reason, now);
+        self.grounds.insert(key, grounds);
         self.actions.push_back(Action::Release { key, release });
+        self.sound(key, now);
     }
 
     fn released(&mut self, key: Key, outcome: ReleaseOutcome, now: Time) {
+        self.grounds.remove(&key);
         let Some(binding) = self
             .bindings
             .get_mut(&key)
@@ -1468,6 +1814,7 @@ impl Engine {
         }
         // A released address is still looked after.
         let armed = matches!(binding.check, Check::Watching(_)) && binding.vigil.is_none();
+        let waits = binding.turn.take().zip(binding.server);
         binding.state = state;
         binding.since = now;
         if binding.vigil.is_none() {
@@ -1477,10 +1824,14 @@ impl Engine {
         if armed {
             self.actions.push_back(Action::Disarm { key, mac });
         }
+        let acked = binding.acked;
+        if let Some((turn, server)) = waits {
+            let pace = (key.segment, key.vlan, server);
+            self.pacing.leave(pace, key, turn);
+        }
         if let Some(info) = self.ports.get_mut(&port) {
             info.bindings.remove(&key);
         }
-        let acked = binding.acked;
         if recovered {
             self.recover(key, now);
         }
@@ -1606,8 +1957,14 @@ impl Engine {
             .ports
             .get(&port)
             .is_some_and(|info| info.port.role == Role::Vm);
-        if watching.lost.is_none() || !vm_port {
+        if !vm_port {
             self.end(key, State::Moved, format!("it is alive behind {name}"), now);
+            return;
+        }
+        if watching.lost.is_none() {
+            // Its own port is up: it is plugged in twice, or a neighbour speaks in its name, who
+            // must not come to own it by that. It can be followed once its port is gone.
+            self.in_conflict(key, format!("seen behind {name} too"), now);
             return;
         }
         // Its old port is gone and a VM's port of ours has it: it was plugged in anew.
@@ -1615,12 +1972,27 @@ impl Engine {
         if let Some(info) = old.and_then(|old| self.ports.get_mut(&old)) {
             info.bindings.remove(&key);
         }
+        let mut lost_since = None;
         if let Some(info) = self.ports.get_mut(&port) {
             info.bindings.insert(key);
+            lost_since = info.lost_at.filter(|lost| at < *lost);
         }
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
+        // Its old port is gone, and with it who might have used the MAC there.
+        binding.doubt = binding.doubt.filter(|doubt| *doubt != Doubt::Contested);
+        let unheard = watching.deaf
+            || matches!(watching.lost, Some((_, PortLoss::Unseen)))
+            || binding.last_seen.is_none_or(|at| at < self.listens_since);
+        if unheard && binding.doubt.is_none() {
+            // It may have been given another end there while nobody listened.
+            binding.doubt = Some(Doubt::Contested);
+        }
+        if let (None, Some(lost)) = (binding.doubt, lost_since) {
+            // What it asked for there may be among them.
+            binding.doubt = Some(Doubt::RecordsLost(lost));
+        }
         binding.port = port;
         binding.port_name.clone_from(&name);
         self.save(key);
@@ -1638,17 +2010,44 @@ impl Engine {
         let round = self.round(key);
         let due = watching.probed_at.map_or(now, |at| at + round);
         let enough = watching.probes >= self.policy.misses;
-        let hold_ends = self
-            .bindings
-            .get(&key)
-            .zip(watching.lost)
-            .map(|(binding, _)| watching.armed_at + self.case(binding).hold());
-        match hold_ends.filter(|at| enough && *at > now && *at <= now + round) {
-            // All was asked; one more probe would only put the end off.
-            Some(end) => self.schedule(key, end),
+        match self
+            .hold_ends(key, Duration::ZERO)
+            .filter(|at| enough && *at > now && *at <= now + round)
+        {
+            Some(end) => {
+                // One more probe would only put the end off; but where an uplink may be cut, it must
+                // have been open until shortly before.
+                let last = self.last_question(key);
+                match last.filter(|last| watching.probed_at.is_none_or(|at| at < *last)) {
+                    Some(last) if last <= now => self.send_probes(key, now),
+                    Some(last) => self.schedule(key, last),
+                    None => self.schedule(key, end),
+                }
+            }
             None if due <= now => self.send_probes(key, now),
             None => self.schedule(key, due),
         }
+    }
+
+    /// When the hold-down is over, or this much before; not while a silent VM is only looked for at
+    /// its own port.
+    fn hold_ends(&self, key: Key, before: Duration) -> Option<Time> {
+        let binding = self.bindings.get(&key)?;
+        let Check::Watching(watching) = binding.check else {
+            return None;
+        };
+        if !watching.everywhere {
+            return None;
+        }
+        Some(watching.armed_at + self.case(binding).hold().saturating_sub(before))
+    }
+
+    /// When to ask for the last time before the end of the hold-down, if there is an uplink.
+    fn last_question(&self, key: Key) -> Option<Time> {
+        let binding = self.bindings.get(&key)?;
+        let wait = self.case(binding).probe_wait();
+        self.hold_ends(key, wait)
+            .filter(|_| self.has_uplink(key.segment))
     }
 
     /// Time between two probes: on the fast road they share the hold-down, and while a VM still
@@ -1657,11 +2056,15 @@ impl Engine {
         let Some(binding) = self.bindings.get(&key) else {
             return self.policy.probe_interval;
         };
-        match binding.lost() {
+        let round = match binding.lost() {
             Some(_) => (self.case(binding).hold() / self.policy.misses.max(1))
                 .min(self.policy.probe_interval),
             None => self.policy.probe_interval,
+        };
+        if self.is_hurried(key) {
+            return round.min(self.policy.probe_wait);
         }
+        round
     }
 
     fn send_probes(&mut self, key: Key, now: Time) {
@@ -1676,15 +2079,7 @@ impl Engine {
             Some(_) => ProbeVia::Segment(key.segment),
             None => ProbeVia::Port(binding.port),
         };
-        let control = binding
-            .server
-            .zip(binding.server_mac)
-            .map(|(ip, mac)| Probe {
-                via: ProbeVia::Segment(key.segment),
-                vlan,
-                ip,
-                mac,
-            });
+        let control = self.control_probe(binding);
         let has_uplink = self.has_uplink(key.segment);
         self.add("probes_sent", 1);
         if watching.everywhere && watching.lost.is_none() {
@@ -1693,9 +2088,14 @@ impl Engine {
                 probe: Probe { via, vlan, ip, mac },
             });
         }
-        if watching.everywhere && has_uplink && watching.probes < self.policy.misses {
+        let ask_all = self
+            .segments
+            .get(&key.segment)
+            .is_some_and(|segment| segment.had_uplink || segment.had_aside);
+        if watching.everywhere && ask_all && watching.probes < self.policy.misses {
             // Of everybody too: the switches beyond still think that the MAC is here, and so send
-            // nothing for it to where it has moved; and another MAC may have the address by now.
+            // nothing for it to where it has moved; and another MAC may have the address by now,
+            // there or behind a port whose DHCP is not heard.
             // Whoever answers for the dead there costs a lease, no more.
             let via = ProbeVia::Segment(key.segment);
             let mac = MacAddr::BROADCAST;
@@ -1730,12 +2130,23 @@ impl Engine {
         }
         watching.probes += 1;
         // The first answer is looked for soon, so that a live VM is watched for a moment only.
-        let wait = if watching.lost.is_none() {
-            round.min(self.policy.probe_wait)
+        let enough = watching.probes >= self.policy.misses;
+        let next = if watching.lost.is_none() {
+            now + round.min(self.policy.probe_wait)
         } else {
-            round
+            now + round
         };
-        self.schedule(key, now + wait);
+        let wait = self.bindings.get(&key).map(|b| self.case(b).probe_wait());
+        let last = self.last_question(key).filter(|last| *last > now);
+        let end = self
+            .hold_ends(key, Duration::ZERO)
+            .filter(|end| *end > now)
+            .map(|end| end.max(now + wait.unwrap_or_default()));
+        let next = last
+            .or(end)
+            .filter(|_| enough)
+            .map_or(next, |at| at.min(next));
+        self.schedule(key, next);
     }
 
     fn begin_watch(
@@ -1759,9 +2170,14 @@ impl Engine {
             probes: 0,
             probed_at: None,
             everywhere,
+            deaf: false,
+            closing: false,
         });
         binding.evidence = None;
-        binding.turn = None;
+        self.leave_queue(key);
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
         let own_port = Some(binding.port).filter(|_| lost.is_none());
         self.actions.push_back(Action::Arm {
             key,
@@ -1769,6 +2185,23 @@ impl Engine {
             own_port,
             everywhere,
         });
+    }
+
+    /// Gives up the place in the server's queue.
+    fn leave_queue(&mut self, key: Key) {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        if let (Some(turn), Some(server)) = (binding.turn.take(), binding.server) {
+            self.pacing
+                .leave((key.segment, key.vlan, server), key, turn);
+        }
+    }
+
+    fn set_check(&mut self, key: Key, check: Check) {
+        if let Some(binding) = self.bindings.get_mut(&key) {
+            binding.check = check;
+        }
     }
 
     /// Something new was said about a binding whose death is being looked into: look anew.
@@ -1787,11 +2220,17 @@ impl Engine {
                 watching.everywhere,
                 now,
             );
+            if watching.deaf
+                && let Some(Check::Watching(anew)) = self.bindings.get(&key).map(|b| b.check)
+            {
+                self.set_check(key, Check::Watching(Watching { deaf: true, ..anew }));
+            }
             self.send_probes(key, now);
         }
     }
 
-    /// Nothing is in doubt: take the watch away, and look again after `silence`.
+    /// Nothing is in doubt: take the watch away, and look again after `silence`; or soon, at what was
+    /// last seen while nobody listened.
     fn rest(&mut self, key: Key, now: Time) {
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
@@ -1804,9 +2243,17 @@ impl Engine {
         }
         binding.check = Check::Idle;
         binding.failures = 0;
-        binding.turn = None;
+        self.leave_queue(key);
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
         let seen = binding.last_seen.unwrap_or(now);
-        let due = (seen + self.policy.silence).max(now + Duration::from_millis(1));
+        let due = if seen < self.listens_since {
+            now + self.policy.probe_wait
+        } else {
+            let silence = self.policy.silence - early(key, seen, self.policy.silence / 2);
+            (seen + silence).max(now + Duration::from_millis(1))
+        };
         let end = binding
             .expires
             .into_iter()
@@ -1832,19 +2279,21 @@ impl Engine {
             })
         });
         let started = self.started_at + self.policy.settle;
-        let settled_at = self
-            .segments
-            .get(&key.segment)
-            .map_or(started, |s| s.settled_at.max(started));
+        let segment = self.segments.get(&key.segment);
+        let settled_at = segment.map_or(started, |s| s.settled_at.max(started));
         Case {
             policy: &self.policy,
             binding,
             twin,
             uplink: self.has_uplink(key.segment),
             settled_at,
+            paused: self.operator.paused.as_deref(),
+            by: self.ordered_by(key),
             breaker: &self.breaker,
             pacing: &self.pacing,
             alarmed: self.is_alarmed(key.segment, binding.chaddr, binding.port),
+            segment_held: segment.and_then(|segment| segment.held.as_deref()),
+            vlans: segment.and_then(|segment| segment.vlans.as_ref()),
             live: self.live,
         }
     }
@@ -1867,6 +2316,8 @@ impl Engine {
 
     fn insert(&mut self, binding: Binding) {
         let key = binding.key;
+        let granted = binding.state != State::Requested;
+        self.import_yields(key, granted, binding.since);
         self.by_mac
             .entry((key.segment, binding.chaddr))
             .or_default()
@@ -1930,6 +2381,11 @@ impl Engine {
         };
         binding.state = state;
         binding.since = now;
+        if state == State::Silent {
+            binding.silent_at.get_or_insert(now);
+        } else if state == State::Bound {
+            binding.silent_at = None;
+        }
         self.save(key);
         self.tell(key, kind, reason, now);
     }
@@ -1962,6 +2418,10 @@ impl Engine {
     }
 
     fn add(&mut self, counter: &'static str, count: u64) {
+        debug_assert!(
+            self.counters.contains_key(counter),
+            "{counter} is none of core/counters.rs"
+        );
         *self.counters.entry(counter).or_default() += count;
     }
 }
@@ -1973,6 +2433,10 @@ impl PortInfo {
             bindings: BTreeSet::new(),
             transactions: BTreeSet::new(),
             rogue_told: None,
+            dark: false,
+            lost_at: None,
+            lost_told: None,
+            lost: 0,
         }
     }
 }
@@ -2001,12 +2465,22 @@ fn reason_of(findings: &[Finding], gate: Gate) -> String {
         .unwrap_or_default()
 }
 
+/// By how much less than the longest a quiet address is asked sooner, so that those that came together
+/// are not asked together, for ever.
+fn early(key: Key, seen: Time, longest: Duration) -> Duration {
+    // Fibonacci hashing: neighbours are as far from one another as they can be.
+    let mixed = (u64::from(key.ip.to_bits()) ^ seen.as_nanos()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let share = u32::try_from(mixed >> 54).unwrap_or(0);
+    longest * share / 1024
+}
+
 fn loss_text(loss: PortLoss) -> &'static str {
     match loss {
         PortLoss::Deleted => "deleted",
         PortLoss::CarrierLost => "carrier lost",
         PortLoss::LinkDown => "link down",
         PortLoss::Detached => "detached from the bridge",
+        PortLoss::Unseen => "gone when the agent started",
     }
 }
 
@@ -2020,6 +2494,7 @@ fn held_counter(gate: Gate) -> &'static str {
         Gate::Unique => "held_unique",
         Gate::HoldDown => "held_hold_down",
         Gate::Settled => "held_settled",
+        Gate::Paused => "held_paused",
         Gate::Breaker => "held_breaker",
         Gate::Rate => "held_rate",
         Gate::Kernel => "held_kernel",

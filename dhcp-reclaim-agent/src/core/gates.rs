@@ -1,14 +1,15 @@
 //! The gates between *gone* and a RELEASE. Each has a name, a verdict and a reason; all must pass.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    binding::{Binding, Check, Doubt},
-    limits::{Breaker, BreakerRule, Pacing},
+    binding::{Binding, Check, Doubt, Origin},
+    limits::{Breaker, BreakerRule},
+    pacing::Pacing,
     policy::Policy,
-    types::{Key, PortLoss, State, Time},
+    types::{Key, PortLoss, State, Time, Vlans},
 };
 
 /// Names are a contract: `explain`, the audit record and the counters carry them.
@@ -22,13 +23,14 @@ pub enum Gate {
     Unique,
     HoldDown,
     Settled,
+    Paused,
     Breaker,
     Rate,
     Kernel,
 }
 
 impl Gate {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Confirmed,
         Self::Lease,
         Self::Dead,
@@ -36,10 +38,34 @@ impl Gate {
         Self::Unique,
         Self::HoldDown,
         Self::Settled,
+        Self::Paused,
         Self::Breaker,
         Self::Rate,
         Self::Kernel,
     ];
+
+    /// Why a person may not override it, if so.
+    pub const fn unforceable(self) -> Option<&'static str> {
+        match self {
+            Self::Lease => Some(
+                "the lease is over or nearly so: the server may have given the address to somebody else",
+            ),
+            Self::Dead => Some(
+                "a VM that was not watched, or was seen, or was not asked, is not known to be dead",
+            ),
+            Self::Elsewhere => Some("the VM is alive behind another port"),
+            Self::Rate => {
+                Some("its turn comes by itself, and the server loses what comes too fast")
+            }
+            Self::Kernel => Some("the kernel half has the last word: the VM has just been heard"),
+            Self::Confirmed
+            | Self::Unique
+            | Self::HoldDown
+            | Self::Settled
+            | Self::Paused
+            | Self::Breaker => None,
+        }
+    }
 
     pub const fn name(self) -> &'static str {
         match self {
@@ -50,6 +76,7 @@ impl Gate {
             Self::Unique => "unique",
             Self::HoldDown => "hold-down",
             Self::Settled => "settled",
+            Self::Paused => "paused",
             Self::Breaker => "breaker",
             Self::Rate => "rate",
             Self::Kernel => "kernel",
@@ -60,6 +87,23 @@ impl Gate {
 impl fmt::Display for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// A person's order to release, and the gates that it overrides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Override {
+    pub who: String,
+    pub gates: BTreeSet<Gate>,
+}
+
+impl fmt::Display for Override {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} overrides", self.who)?;
+        for (index, gate) in self.gates.iter().enumerate() {
+            write!(f, "{} {gate}", if index == 0 { "" } else { "," })?;
+        }
+        Ok(())
     }
 }
 
@@ -93,10 +137,18 @@ pub struct Case<'a> {
     pub uplink: bool,
     /// Nothing is released before this.
     pub settled_at: Time,
+    /// Why nothing of the node may be released, if a person says so.
+    pub paused: Option<&'a str>,
     pub breaker: &'a Breaker,
     pub pacing: &'a Pacing,
     /// A released address of its port or MAC was alive.
     pub alarmed: bool,
+    /// A person orders its release.
+    pub by: Option<&'a Override>,
+    /// Why nothing of its segment may be released.
+    pub segment_held: Option<&'a str>,
+    /// The VLANs of its bridge itself, if that filters them.
+    pub vlans: Option<&'a Vlans>,
     /// Live bindings of the node.
     pub live: usize,
 }
@@ -117,20 +169,51 @@ impl Case<'_> {
             Gate::Unique => self.unique(),
             Gate::HoldDown => self.hold_down(now),
             Gate::Settled => self.settled(now),
+            Gate::Paused => match self.paused {
+                Some(reason) => hold(reason),
+                None => pass("nobody has paused the node"),
+            },
             Gate::Breaker => self.breaker(now),
             Gate::Rate => self.rate(now),
             Gate::Kernel => pass("asked last, when the RELEASE leaves"),
         };
-        Finding {
+        let mut finding = Finding {
             gate,
             verdict,
             reason,
             again_at,
+        };
+        if let Some(by) = self.by
+            && by.gates.contains(&gate)
+            && gate.unforceable().is_none()
+            && verdict == Verdict::Hold
+        {
+            finding.verdict = Verdict::Pass;
+            finding.reason = format!("overridden by {}: {}", by.who, finding.reason);
         }
+        finding
     }
 
     fn confirmed(&self) -> Answer {
         let binding = self.binding;
+        if binding.is_hearsay() {
+            return hold("imported, and its VM was never seen alive at a port here");
+        }
+        if let Some(reason) = self.segment_held {
+            return hold(reason);
+        }
+        if let Some(vlans) = self.vlans {
+            let vlan = binding.key.vlan;
+            if vlan == 0 {
+                return hold("its bridge filters VLANs, and which one it is on was not known");
+            }
+            if vlans.tag(vlan).is_none() {
+                return hold(format!(
+                    "its bridge filters VLANs and is no member of {vlan} itself, so nobody can be \
+                     asked there: `bridge vlan add vid {vlan} dev BRIDGE self`"
+                ));
+            }
+        }
         match binding.doubt {
             Some(Doubt::Ambiguous) => {
                 return hold("a message about it may read differently at the server");
@@ -139,6 +222,12 @@ impl Case<'_> {
                 return hold("records of its port were lost since it was seen");
             }
             Some(Doubt::Conflict(_)) => return hold("another port claims its address or its MAC"),
+            Some(Doubt::Contested) => {
+                return hold(
+                    "what it agreed on with the server at another port was not believed, or not heard: until \
+                             it renews",
+                );
+            }
             None => {}
         }
         if self.alarmed {
@@ -149,6 +238,9 @@ impl Case<'_> {
         }
         match (binding.acked, binding.seen_alive) {
             (true, _) => pass("the server's ACK was seen"),
+            (false, true) if binding.origin == Origin::Imported => {
+                pass("imported, and the address was seen alive at its own port")
+            }
             (false, true) => {
                 pass("no ACK was seen, but the address was seen alive at its own port")
             }
@@ -190,7 +282,11 @@ impl Case<'_> {
             .evidence
             .filter(|(at, _)| *at >= watching.armed_at)
         else {
-            return hold("no evidence yet");
+            return hold(if self.binding.was_deaf() {
+                "the uplink was not heard, or no agent ran, so its silence is counted anew"
+            } else {
+                "no evidence yet"
+            });
         };
         if !evidence.armed {
             return hold("the watch is not armed");
@@ -224,7 +320,7 @@ impl Case<'_> {
     }
 
     /// A probe into the segment of a lost port waits no longer than the rounds of that road do.
-    fn probe_wait(&self) -> Duration {
+    pub fn probe_wait(&self) -> Duration {
         self.policy.probe_wait.min(self.round())
     }
 
@@ -263,9 +359,15 @@ impl Case<'_> {
 
     /// How long silence must last on the binding's road.
     pub fn hold(&self) -> Duration {
+        // Who lives behind the port of an imported lease only frames have said, which a neighbour can
+        // send: whoever it is gets the time to be heard, until an ACK says more.
+        if self.binding.was_deaf() || self.binding.origin == Origin::Imported {
+            return self.policy.hold_down_silent;
+        }
         match self.binding.lost() {
             // The VM runs on, on another bridge perhaps: that is no quicker than a silent one.
-            None | Some((_, PortLoss::Detached | PortLoss::LinkDown)) => {
+            // Nor is it clear what happened while nobody listened.
+            None | Some((_, PortLoss::Detached | PortLoss::LinkDown | PortLoss::Unseen)) => {
                 self.policy.hold_down_silent
             }
             Some((_, PortLoss::Deleted | PortLoss::CarrierLost)) if self.uplink => {
@@ -337,13 +439,15 @@ impl Case<'_> {
         let ready = self.pacing.ready_at(pace, self.binding.turn, now);
         if now < ready {
             let reason = format!(
-                "{} a second to {server}: its turn comes in {}",
+                "{} on their way to {server} at most, {} a second if it does not show that it reads: \
+                 its turn comes within {}",
+                self.policy.burst,
                 self.policy.rate,
                 secs(ready.since(now))
             );
             return (Verdict::Hold, reason, Some(ready));
         }
-        pass(format!("{} a second to {server}", self.policy.rate))
+        pass(format!("it is its turn at {server}"))
     }
 }
 

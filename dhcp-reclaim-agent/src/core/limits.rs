@@ -1,8 +1,8 @@
-//! The two gates that look beyond one binding: how many die, and how fast we release.
+//! The gate that looks beyond one binding: how many die at once.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
-use super::types::{Key, SegmentId, Time, Vlan};
+use super::types::{Key, Time};
 
 /// Opens when too many of the node's bindings die at once: then it is more likely that we are
 /// blind than that they are dead.
@@ -100,138 +100,10 @@ impl Breaker {
     }
 }
 
-/// A token bucket.
-#[derive(Clone, Copy, Debug)]
-pub struct Bucket {
-    /// Nanoseconds that one token takes to come.
-    interval: u64,
-    /// Time that a full bucket is worth.
-    depth: u64,
-    /// The theoretical arrival time: the bucket is full again then.
-    full_at: Time,
-    /// Places in the queue are given away up to here.
-    queued_until: Time,
-}
-
-impl Bucket {
-    /// `rate` tokens a second, at most `burst` at once; neither is zero.
-    pub fn new(rate: u32, burst: u32) -> Self {
-        let interval = 1_000_000_000 / u64::from(rate.max(1));
-        Self {
-            interval,
-            depth: interval * u64::from(burst.max(1)),
-            full_at: Time::ZERO,
-            queued_until: Time::ZERO,
-        }
-    }
-
-    /// When the next token is there.
-    pub fn ready_at(&self) -> Time {
-        let need = (self.full_at.as_nanos() + self.interval).saturating_sub(self.depth);
-        Time::from_nanos(need)
-    }
-
-    /// A time to come back at, of its own for each caller: many that wait do not all wake for one
-    /// token.
-    pub fn queue(&mut self, now: Time) -> Time {
-        let place = self.ready_at().max(now).max(self.queued_until);
-        self.queued_until = place + Duration::from_nanos(self.interval);
-        place
-    }
-
-    /// Full, and nobody waits: as good as a new one.
-    fn is_idle(&self, now: Time) -> bool {
-        self.full_at <= now && self.queued_until <= now
-    }
-
-    pub fn take(&mut self, now: Time) -> bool {
-        if now < self.ready_at() {
-            return false;
-        }
-        self.full_at =
-            Time::from_nanos(self.full_at.as_nanos().max(now.as_nanos()) + self.interval);
-        true
-    }
-}
-
-/// A server, as far as its pace goes: where its clients find it.
-pub type ServerKey = (SegmentId, Vlan, Ipv4Addr);
-
-/// Servers with a bucket of their own; all beyond share one.
-const SERVERS: usize = 64;
-/// What all servers together are sent, in terms of one server's pace.
-const CEILING: u32 = 8;
-
-/// How fast each server is sent RELEASEs: nothing answers them, and what a server's socket has no
-/// room for is lost in silence (FACTS.md §5a).
-#[derive(Clone, Debug)]
-pub struct Pacing {
-    rate: u32,
-    burst: u32,
-    servers: BTreeMap<ServerKey, Bucket>,
-    others: Bucket,
-    all: Bucket,
-}
-
-impl Pacing {
-    /// For each server `rate` a second, at most `burst` at once.
-    pub fn new(rate: u32, burst: u32) -> Self {
-        Self {
-            rate,
-            burst,
-            servers: BTreeMap::new(),
-            others: Bucket::new(rate, burst),
-            all: Bucket::new(rate.saturating_mul(CEILING), burst.saturating_mul(CEILING)),
-        }
-    }
-
-    /// When a RELEASE to the server may leave: one with a place in the queue then, one without
-    /// behind all that have one.
-    pub fn ready_at(&self, server: ServerKey, turn: Option<Time>, now: Time) -> Time {
-        let bucket = match self.servers.get(&server) {
-            Some(bucket) => *bucket,
-            None if self.servers.len() < SERVERS => Bucket::new(self.rate, self.burst),
-            None => self.others,
-        };
-        let token = bucket.ready_at().max(self.all.ready_at());
-        match turn {
-            Some(turn) => token.max(turn),
-            None if bucket.queued_until > now => token.max(bucket.queued_until),
-            None => token,
-        }
-    }
-
-    /// A place in the server's queue: the time to come back at.
-    pub fn queue(&mut self, server: ServerKey, now: Time) -> Time {
-        let all = self.all.ready_at();
-        self.bucket(server, now).queue(now).max(all)
-    }
-
-    /// Takes a token, if there is one.
-    pub fn take(&mut self, server: ServerKey, now: Time) -> bool {
-        if now < self.all.ready_at() || !self.bucket(server, now).take(now) {
-            return false;
-        }
-        self.all.take(now)
-    }
-
-    fn bucket(&mut self, server: ServerKey, now: Time) -> &mut Bucket {
-        if !self.servers.contains_key(&server) {
-            if self.servers.len() >= SERVERS {
-                self.servers.retain(|_, bucket| !bucket.is_idle(now));
-            }
-            if self.servers.len() >= SERVERS {
-                return &mut self.others;
-            }
-        }
-        self.servers
-            .entry(server)
-            .or_insert_with(|| Bucket::new(self.rate, self.burst))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     fn key(n: u8) -> Key {
@@ -279,76 +151,5 @@ mod tests {
         assert!(!breaker.recovered(key(1), 4, RULE));
         assert!(breaker.recovered(key(2), 4, RULE));
         assert_eq!(breaker.opened_at(), None);
-    }
-
-    #[test]
-    fn bucket_gives_a_burst_and_then_the_rate() {
-        let mut bucket = Bucket::new(10, 3);
-        let start = at(100);
-        assert_eq!((0..10).filter(|_| bucket.take(start)).count(), 3);
-        assert_eq!(bucket.ready_at(), start + Duration::from_millis(100));
-        assert!(bucket.take(start + Duration::from_millis(100)));
-        assert!(!bucket.take(start + Duration::from_millis(199)));
-        assert_eq!(
-            (0..10).filter(|_| bucket.take(at(200))).count(),
-            3,
-            "it never holds more than the burst"
-        );
-    }
-
-    fn server(n: u8) -> ServerKey {
-        (1, 0, Ipv4Addr::new(10, 0, 1, n))
-    }
-
-    #[test]
-    fn each_server_has_its_own_pace() {
-        let mut pacing = Pacing::new(10, 3);
-        let start = at(100);
-        for n in 1..=4 {
-            let taken = (0..10).filter(|_| pacing.take(server(n), start)).count();
-            assert_eq!(taken, 3, "server {n}");
-        }
-        let next = start + Duration::from_millis(100);
-        assert_eq!(pacing.ready_at(server(1), None, start), next);
-        assert!(pacing.ready_at(server(9), None, start) <= start);
-    }
-
-    #[test]
-    fn all_servers_together_have_a_ceiling() {
-        let mut pacing = Pacing::new(10, 1);
-        let taken = (0..100)
-            .filter(|n| pacing.take(server(*n), at(100)))
-            .count();
-        assert_eq!(taken, 8);
-    }
-
-    #[test]
-    fn who_waits_is_served_before_who_comes() {
-        let mut pacing = Pacing::new(10, 1);
-        let start = at(100);
-        assert!(pacing.take(server(1), start));
-        let turns: Vec<Time> = (0..3).map(|_| pacing.queue(server(1), start)).collect();
-        let expected = [1, 2, 3].map(|n| start + Duration::from_millis(100 * n));
-        assert_eq!(turns, expected);
-        // At the first one's time somebody new comes by.
-        let behind = start + Duration::from_millis(400);
-        assert_eq!(pacing.ready_at(server(1), None, turns[0]), behind);
-        for turn in turns {
-            assert!(pacing.ready_at(server(1), Some(turn), turn) <= turn);
-            assert!(pacing.take(server(1), turn));
-        }
-        assert_eq!(pacing.ready_at(server(1), None, behind), behind);
-    }
-
-    #[test]
-    fn the_number_of_buckets_is_bounded() {
-        let mut pacing = Pacing::new(1000, 1);
-        for n in 0..=255 {
-            pacing.take(server(n), at(100));
-            assert!(pacing.servers.len() <= SERVERS);
-        }
-        // Those that are full again make room.
-        assert!(pacing.take(server(255), at(200)));
-        assert!(pacing.servers.contains_key(&server(255)));
     }
 }

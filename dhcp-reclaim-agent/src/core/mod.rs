@@ -4,9 +4,11 @@
 #![forbid(unsafe_code)]
 
 pub mod binding;
+pub mod counters;
 pub mod engine;
 pub mod gates;
 pub mod limits;
+pub mod pacing;
 pub mod policy;
 #[cfg(test)]
 mod sim;
@@ -14,7 +16,10 @@ mod sim;
 mod tests;
 pub mod types;
 
-pub use binding::Outcome;
-pub use engine::{Engine, Saved, SavedTransaction};
+pub use binding::{Origin, Outcome};
+pub use engine::{
+    AskError, Engine, Import, ImportCount, Resumed, Saved, SavedAlarm, SavedRelease,
+    SavedTransaction,
+};
 pub use policy::{Commit, Policy};
 pub use types::*;

@@ -49,8 +49,7 @@ pub struct Policy {
     pub bindings_per_port: usize,
     /// Whether servers are asked what became of a RELEASE.
     pub leasequery: bool,
-    /// Gates that are not asked: what the simulation takes away to see what each is for. An
-    /// operator who overrides one does it here too, and that is audited.
+    /// Gates that are not asked: what the simulation takes away to see what each is for.
     pub without: BTreeSet<Gate>,
 }
 

@@ -4,6 +4,8 @@ use std::{fmt, net::Ipv4Addr, ops::Add, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use super::{gates::Finding, pacing::ServerKey};
+
 /// `CLOCK_MONOTONIC`, as the kernel half stamps it (`bpf_ktime_get_ns`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(u64);
@@ -112,6 +114,26 @@ pub type SegmentId = u32;
 /// VLAN identifier; zero is untagged.
 pub type Vlan = u16;
 
+/// VLANs of a port of a bridge that filters them, or of the bridge itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Vlans {
+    /// What its untagged frames belong to; zero: to none, and the bridge drops them.
+    pub pvid: Vlan,
+    /// The first and the last of each range, and whether frames of it leave untagged.
+    pub members: Vec<(Vlan, Vlan, bool)>,
+    /// Its frames come with the VLANs of a tunnel's metadata.
+    pub tunnel: bool,
+}
+
+impl Vlans {
+    /// The tag that a frame of `vlan` leaves with, zero for none; `None`: it does not leave.
+    pub fn tag(&self, vlan: Vlan) -> Option<Vlan> {
+        let of = |(first, last, _): &&(Vlan, Vlan, bool)| (*first..=*last).contains(&vlan);
+        let (_, _, untagged) = self.members.iter().find(of)?;
+        Some(if *untagged { 0 } else { vlan })
+    }
+}
+
 /// What a lease belongs to: one address on one VLAN of one segment (bridge).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
@@ -128,6 +150,9 @@ pub enum Role {
     Vm,
     /// Other hosts': servers, relays, VMs elsewhere.
     Uplink,
+    /// Nobody said whose: no lease is learned there and no server believed, but a VM that is seen
+    /// there is alive.
+    Aside,
 }
 
 /// Why a port is no longer there.
@@ -140,6 +165,8 @@ pub enum PortLoss {
     CarrierLost,
     /// The link has no carrier any more, and is no tap: its VM may only have set it down.
     LinkDown,
+    /// It went while no agent ran: what its VM did meanwhile nobody knows.
+    Unseen,
     /// It is no longer a port of the bridge.
     Detached,
 }
@@ -308,7 +335,27 @@ pub enum Event {
         port: IfIndex,
         loss: PortLoss,
     },
+    /// Nothing of this segment may be released, and why; `None`: no longer.
+    SegmentHeld {
+        segment: SegmentId,
+        reason: Option<String>,
+    },
+    /// The segment's bridge filters VLANs, and is itself a member of these; `None`: it does not.
+    SegmentVlans {
+        segment: SegmentId,
+        own: Option<Vlans>,
+    },
+    /// What the port's untagged frames belong to has changed.
+    PvidChanged {
+        port: IfIndex,
+    },
     Message(Message),
+    /// The agent did not run for a while: stopped, suspended with its host, or starved. What is told
+    /// from now on may have been so for long.
+    Overslept {
+        /// For so much of it its clock stood still, too.
+        suspended: Duration,
+    },
     /// Records of this port were lost: what we know of it may be old.
     RecordsLost {
         port: IfIndex,
@@ -335,6 +382,11 @@ pub enum Event {
         server: Ipv4Addr,
         answer: QueryAnswer,
     },
+    /// The answer to [`Action::Sound`], if one comes.
+    ServerRead {
+        server: ServerKey,
+        mark: u64,
+    },
 }
 
 /// An open question of a VM's to a server.
@@ -343,6 +395,13 @@ pub struct TransactionId {
     pub port: IfIndex,
     pub xid: u32,
     pub chaddr: MacAddr,
+}
+
+/// Who an alarm after a RELEASE is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AlarmId {
+    pub segment: SegmentId,
+    pub mac: MacAddr,
 }
 
 /// What the core wants done. The shell answers `Look`, `Probe` and `Release` with the `Event` of
@@ -371,7 +430,7 @@ pub enum Action {
         key: Key,
         probe: Probe,
     },
-    /// Ask the server whether the way to it is open; any frame on the uplink answers.
+    /// Ask the server, or its relay, whether the way is open; any frame on the uplink answers.
     Control {
         probe: Probe,
     },
@@ -379,6 +438,8 @@ pub enum Action {
         key: Key,
         release: Release,
     },
+    /// Ask the server how far it has read: behind the RELEASEs that were ordered before.
+    Sound(Sounding),
     /// Ask the server who has the address.
     Query {
         key: Key,
@@ -393,8 +454,47 @@ pub enum Action {
     SaveTransaction {
         id: TransactionId,
     },
+    /// The same of an alarm, by `Engine::saved_alarm`.
+    SaveAlarm {
+        id: AlarmId,
+    },
+    /// Tell who asked (`Engine::ask`, `Engine::ask_release`).
+    Answer {
+        key: Key,
+        answer: Answer,
+    },
     /// Tell people and programs.
     Notify(Notice),
+}
+
+/// A question that a server answers in its turn: what came before it has been read by then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sounding {
+    pub segment: SegmentId,
+    pub vlan: Vlan,
+    pub server: Ipv4Addr,
+    pub server_mac: Option<MacAddr>,
+    /// An address that the server serves.
+    pub ip: Ipv4Addr,
+    /// RELEASEs that went before.
+    pub mark: u64,
+}
+
+/// What came of a person's question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// A frame of it came since, at this time and by this port.
+    Alive {
+        at: Time,
+        port: String,
+    },
+    /// Nothing came.
+    Silent,
+    /// Its lease ended meanwhile, here or by its VM.
+    Ended,
+    /// What each gate says; one of them holds.
+    Held(Vec<Finding>),
+    Released(ReleaseOutcome),
 }
 
 /// What happened, for people and programs: one line of `events`.
@@ -444,6 +544,12 @@ pub enum NoticeKind {
     RecordsLost,
     /// Frames of an address after its release.
     ReleasedAlive,
+    /// A person holds all releases of the node.
+    Paused,
+    /// A person ends that hold, or closes the breaker.
+    Resumed,
+    /// A person overrides gates.
+    Forced,
 }
 
 /// States of a binding; a contract.
@@ -460,4 +566,21 @@ pub enum State {
     Withdrawn,
     Expired,
     Moved,
+}
+
+impl State {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Requested => "requested",
+            Self::Bound => "bound",
+            Self::Silent => "silent",
+            Self::Gone => "gone",
+            Self::Releasing => "releasing",
+            Self::Released => "released",
+            Self::Refused => "refused",
+            Self::Withdrawn => "withdrawn",
+            Self::Expired => "expired",
+            Self::Moved => "moved",
+        }
+    }
 }

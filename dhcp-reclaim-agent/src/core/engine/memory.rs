@@ -2,17 +2,21 @@
 
 use std::net::Ipv4Addr;
 
-use super::{Engine, RETENTION, TRANSACTION, Transaction};
+use super::{
+    Engine, TRANSACTION, Transaction,
+    outcome::{VIGIL, Vigil},
+};
 use crate::core::{
-    binding::{Ask, Binding, Check, Doubt, Outcome},
+    binding::{Ask, Binding, Check, Doubt, Origin, Outcome},
     policy::Commit,
     types::{
-        Action, IfIndex, Key, MacAddr, NoticeKind, PortLoss, SegmentId, State, Time, TransactionId,
-        Vlan,
+        Action, AlarmId, IfIndex, Key, MacAddr, NoticeKind, PortLoss, ReleaseOutcome, SegmentId,
+        State, Time, TransactionId, Vlan,
     },
 };
 
-/// What of a binding outlives the agent. What was counted against the VM does not: that begins anew.
+/// What of a binding outlives the agent: of one that is live, and of one that was released for as
+/// long as it is shown. What was counted against the VM does not: that begins anew.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Saved {
     pub key: Key,
@@ -22,8 +26,10 @@ pub struct Saved {
     pub server_mac: Option<MacAddr>,
     pub port: IfIndex,
     pub port_name: String,
-    /// One of those that are live. `Releasing` is an intent: whether its frame left is not known.
+    /// `Releasing` is an intent: whether its frame left is not known, unless [`Saved::settle`] is
+    /// told.
     pub state: State,
+    pub origin: Origin,
     pub acked: bool,
     pub seen_alive: bool,
     pub shared: bool,
@@ -31,6 +37,55 @@ pub struct Saved {
     pub expires: Option<Time>,
     pub tentative_until: Option<Time>,
     pub last_seen: Option<Time>,
+    /// What came after a RELEASE of it, if one left.
+    pub released: Option<SavedRelease>,
+}
+
+/// What is remembered of a RELEASE that left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedRelease {
+    pub at: Time,
+    /// No frame of the VM had been seen since then: a later one is a sign of life after it.
+    pub silent_since: Time,
+    pub outcome: Outcome,
+    /// Until when the address is looked after.
+    pub vigil_until: Option<Time>,
+    pub alarmed: bool,
+}
+
+/// A MAC whose released address was alive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedAlarm {
+    pub id: AlarmId,
+    /// Zero: none that is known.
+    pub port: IfIndex,
+    pub port_name: String,
+}
+
+impl Saved {
+    /// What became of the intent that this is, if it is one.
+    pub fn settle(&mut self, outcome: ReleaseOutcome, silent_since: Time, now: Time) {
+        if self.state != State::Releasing {
+            return;
+        }
+        self.state = match (outcome, self.released) {
+            (ReleaseOutcome::Sent, before) => {
+                self.released = Some(SavedRelease {
+                    at: now,
+                    silent_since,
+                    outcome: Outcome::Unverified,
+                    vigil_until: Some(now + VIGIL),
+                    alarmed: before.is_some_and(|before| before.alarmed),
+                });
+                State::Released
+            }
+            // A repetition that did not leave: the one before it stands.
+            (_, Some(_)) => State::Released,
+            (ReleaseOutcome::Vetoed | ReleaseOutcome::Failed | ReleaseOutcome::DryRun, None) => {
+                State::Gone
+            }
+        };
+    }
 }
 
 /// An open question: without it, the answer to it would mean nothing.
@@ -49,7 +104,22 @@ pub struct SavedTransaction {
 impl Engine {
     /// `None`: nothing of it needs to be kept.
     pub fn saved(&self, key: Key) -> Option<Saved> {
-        let binding = self.bindings.get(&key).filter(|b| b.is_live())?;
+        let binding = self.bindings.get(&key).filter(|b| {
+            let released = b.state == State::Released && b.outcome.is_some();
+            b.is_live() || released || b.kept_until().is_some()
+        });
+        let binding = binding.or_else(|| self.imports.get(key))?;
+        let silent_since = match binding.check {
+            Check::Watching(watching) => watching.armed_at,
+            Check::Idle | Check::Glancing => binding.since,
+        };
+        let released = binding.outcome.map(|outcome| SavedRelease {
+            at: binding.since,
+            silent_since,
+            outcome,
+            vigil_until: binding.vigil.map(|vigil| vigil.until),
+            alarmed: binding.alarmed,
+        });
         // Ports are renamed while they come up.
         let port_name = self
             .ports
@@ -64,6 +134,7 @@ impl Engine {
             port: binding.port,
             port_name: port_name.clone(),
             state: binding.state,
+            origin: binding.origin,
             acked: binding.acked,
             seen_alive: binding.seen_alive,
             shared: binding.shared,
@@ -71,6 +142,17 @@ impl Engine {
             expires: binding.expires,
             tentative_until: binding.tentative_until,
             last_seen: binding.last_seen,
+            released,
+        })
+    }
+
+    /// `None`: it has ended.
+    pub fn saved_alarm(&self, id: AlarmId) -> Option<SavedAlarm> {
+        let port = self.alarm(id)?;
+        Some(SavedAlarm {
+            id,
+            port,
+            port_name: self.port_name(port),
         })
     }
 
@@ -129,6 +211,19 @@ impl Engine {
         }
     }
 
+    /// Takes over the alarms: what was amiss is so until the server mends it.
+    pub fn restore_alarms(&mut self, saved: Vec<SavedAlarm>) {
+        for SavedAlarm {
+            id,
+            port,
+            port_name,
+        } in saved
+        {
+            let present = self.has_port(port, &port_name, id.segment);
+            self.put_alarm(id, if present { port } else { 0 });
+        }
+    }
+
     fn restore_binding(&mut self, saved: Saved, now: Time) {
         let key = saved.key;
         let state = match saved.state {
@@ -136,23 +231,23 @@ impl Engine {
             // Silence is counted anew: nobody listened meanwhile.
             State::Bound | State::Silent | State::Gone => State::Bound,
             // Its frame may have left, and the address may be somebody else's by now.
-            State::Releasing => State::Released,
-            State::Released | State::Refused | State::Withdrawn | State::Expired | State::Moved => {
-                return;
-            }
+            State::Releasing | State::Released => State::Released,
+            ended @ (State::Refused | State::Withdrawn | State::Expired | State::Moved) => ended,
         };
+        let unknown = saved.state == State::Releasing;
+        let released = saved.released;
         let present = self.has_port(saved.port, &saved.port_name, key.segment);
-        let bound_to = present && state != State::Released;
-        self.insert(Binding {
-            key,
-            chaddr: saved.chaddr,
+        // Its carrier went before this agent listened, or before its binding was known here.
+        let dark = self.ports.get(&saved.port).is_some_and(|info| info.dark);
+        let binding = Binding {
             client_id: saved.client_id,
             server: saved.server,
             server_mac: saved.server_mac,
             // Zero is nobody's: the index may be another port's by now.
-            port: if bound_to { saved.port } else { 0 },
+            port: if present { saved.port } else { 0 },
             port_name: saved.port_name,
             state,
+            origin: saved.origin,
             acked: saved.acked,
             seen_alive: saved.seen_alive,
             shared: saved.shared,
@@ -160,32 +255,40 @@ impl Engine {
             expires: saved.expires,
             tentative_until: saved.tentative_until,
             last_seen: saved.last_seen,
-            since: now,
-            check: Check::Idle,
-            due: None,
-            evidence: None,
-            held_by: None,
-            vetoed: false,
-            failures: 0,
-            turn: None,
-            outcome: (state == State::Released).then_some(Outcome::Unverified),
-            vigil: None,
-            after: None,
-            alarmed: false,
-        });
+            outcome: (state == State::Released)
+                .then(|| released.map_or(Outcome::Unverified, |released| released.outcome)),
+            alarmed: released.is_some_and(|released| released.alarmed),
+            ..Binding::new(
+                key,
+                saved.chaddr,
+                released.map_or(now, |released| released.at),
+            )
+        };
+        if binding.is_hearsay() && state == State::Requested {
+            self.keep_import(binding, now);
+            return;
+        }
+        self.insert(binding);
         self.add("bindings_restored", 1);
+        let ended = self.bindings.get(&key).is_some_and(|b| !b.is_live());
+        if ended && let Some(info) = self.ports.get_mut(&saved.port) {
+            // It is none of its port's any more.
+            info.bindings.remove(&key);
+        }
         match state {
             State::Released => {
-                self.add("releases_unknown", 1);
-                self.tell(
-                    key,
-                    NoticeKind::Released,
-                    "outcome unknown: the agent ended while it was releasing, and it is not \
-                     released again"
-                        .to_owned(),
-                    now,
-                );
-                self.schedule(key, now + RETENTION);
+                if unknown {
+                    self.add("releases_unknown", 1);
+                    self.tell(
+                        key,
+                        NoticeKind::Released,
+                        "outcome unknown: the agent ended while it was releasing, and it is not \
+                         released again"
+                            .to_owned(),
+                        now,
+                    );
+                }
+                self.restore_vigil(key, released, now);
             }
             State::Requested => {
                 let soon = match self.policy.commit {
@@ -194,16 +297,26 @@ impl Engine {
                 };
                 self.schedule(key, soon);
             }
-            State::Bound if present => self.schedule(key, now + self.policy.probe_wait),
-            State::Bound => self.lose_port(key, PortLoss::Deleted, now),
-            State::Silent
-            | State::Gone
-            | State::Releasing
-            | State::Refused
-            | State::Withdrawn
-            | State::Expired
-            | State::Moved => {}
+            State::Bound if present && !dark => self.schedule(key, now + self.policy.probe_wait),
+            State::Bound => self.lose_port(key, PortLoss::Unseen, now),
+            State::Refused | State::Withdrawn | State::Expired | State::Moved => {
+                self.schedule_ended(key, now);
+            }
+            State::Silent | State::Gone | State::Releasing => {}
         }
+    }
+
+    /// Goes on looking after a released address. It is not released again, whatever its server says:
+    /// not all that was newer may have been heard.
+    fn restore_vigil(&mut self, key: Key, released: Option<SavedRelease>, now: Time) {
+        let vigil = released.and_then(|released| {
+            let until = released.vigil_until.filter(|until| *until > now)?;
+            Some((released.silent_since, until))
+        });
+        if let Some((silent_since, until)) = vigil {
+            self.resume_vigil(key, Vigil::closed(until), silent_since);
+        }
+        self.schedule_ended(key, now);
     }
 
     fn has_port(&self, port: IfIndex, name: &str, segment: SegmentId) -> bool {
@@ -217,6 +330,10 @@ impl Engine {
         if self.actions.back() != Some(&action) {
             self.actions.push_back(action);
         }
+    }
+
+    pub(super) fn save_alarm(&mut self, id: AlarmId) {
+        self.actions.push_back(Action::SaveAlarm { id });
     }
 
     pub(super) fn save_transaction(&mut self, port: IfIndex, xid: u32, chaddr: MacAddr) {

@@ -4,17 +4,17 @@ use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 
 use super::{Engine, RETENTION};
 use crate::core::{
-    binding::{Ask, Check, Outcome, Speaker},
+    binding::{Ask, Check, Doubt, Outcome, Speaker, Watching},
     gates::Verdict,
-    limits::ServerKey,
+    pacing::ServerKey,
     types::{
-        Action, Evidence, IfIndex, Key, MacAddr, Message, MessageType, NoticeKind, Query,
+        Action, AlarmId, Evidence, IfIndex, Key, MacAddr, Message, MessageType, NoticeKind, Query,
         QueryAnswer, SegmentId, State, Time,
     },
 };
 
 /// How long a released address is still looked after, and how often.
-const VIGIL: Duration = Duration::from_secs(60);
+pub(super) const VIGIL: Duration = Duration::from_secs(60);
 const VIGIL_LOOK: Duration = Duration::from_secs(1);
 /// Released addresses that are looked after at once.
 const VIGILS: usize = 2048;
@@ -41,6 +41,18 @@ pub struct Vigil {
     pub closed: bool,
 }
 
+impl Vigil {
+    /// One that ends without another RELEASE.
+    pub(super) const fn closed(until: Time) -> Self {
+        Self {
+            until,
+            sent: RELEASES,
+            asked: true,
+            closed: true,
+        }
+    }
+}
+
 /// Whether a server answers lease queries.
 #[derive(Clone, Copy, Debug, Default)]
 struct Asked {
@@ -55,7 +67,7 @@ pub(super) struct Aftermath {
     vigils: usize,
     servers: BTreeMap<ServerKey, Asked>,
     /// MACs whose released address was alive, and the port that their binding had.
-    alarms: BTreeMap<(SegmentId, MacAddr), IfIndex>,
+    alarms: BTreeMap<AlarmId, IfIndex>,
 }
 
 impl Engine {
@@ -81,6 +93,35 @@ impl Engine {
         });
     }
 
+    /// An earlier agent's vigil goes on: whatever was seen since `silent_since` came after the RELEASE.
+    pub(super) fn resume_vigil(&mut self, key: Key, vigil: Vigil, silent_since: Time) {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        if self.aftermath.vigils >= VIGILS {
+            self.add("vigils_refused", 1);
+            return;
+        }
+        self.aftermath.vigils += 1;
+        binding.vigil = Some(vigil);
+        binding.check = Check::Watching(Watching {
+            armed_at: silent_since,
+            lost: None,
+            probes: 0,
+            probed_at: None,
+            everywhere: true,
+            deaf: false,
+            closing: false,
+        });
+        let mac = binding.chaddr;
+        self.actions.push_back(Action::Arm {
+            key,
+            mac,
+            own_port: None,
+            everywhere: true,
+        });
+    }
+
     /// The watch over a released address ends, if there is one.
     pub(super) fn end_vigil(&mut self, key: Key) {
         let Some(binding) = self.bindings.get_mut(&key) else {
@@ -90,6 +131,10 @@ impl Engine {
             return;
         }
         self.aftermath.vigils -= 1;
+        self.save(key);
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
         if let Check::Watching(_) = std::mem::replace(&mut binding.check, Check::Idle) {
             let mac = binding.chaddr;
             self.actions.push_back(Action::Disarm { key, mac });
@@ -103,7 +148,7 @@ impl Engine {
         };
         let at = match binding.vigil {
             Some(_) => now + VIGIL_LOOK,
-            None => binding.since + RETENTION,
+            None => (binding.since + RETENTION).max(binding.kept_until().unwrap_or(Time::ZERO)),
         };
         self.schedule(key, at);
     }
@@ -174,31 +219,47 @@ impl Engine {
             ),
             now,
         );
-        if self.aftermath.alarms.len() < ALARMS {
-            self.aftermath.alarms.insert((key.segment, mac), port);
-        } else {
-            self.add("alarms_refused", 1);
-        }
+        let segment = key.segment;
+        self.put_alarm(AlarmId { segment, mac }, port);
         self.end_vigil(key);
         if let Some(binding) = self.bindings.get_mut(&key) {
             binding.alarmed = true;
         }
+        self.save(key);
         self.schedule_ended(key, now);
     }
 
     /// Whether a released address of this port or MAC was alive.
     pub(super) fn is_alarmed(&self, segment: SegmentId, mac: MacAddr, port: IfIndex) -> bool {
         let alarms = &self.aftermath.alarms;
-        alarms.contains_key(&(segment, mac))
+        alarms.contains_key(&AlarmId { segment, mac })
             || (port != 0
                 && alarms
                     .iter()
-                    .any(|((of, _), at)| *of == segment && *at == port))
+                    .any(|(id, at)| id.segment == segment && *at == port))
+    }
+
+    /// The port of an alarm, if it holds.
+    pub(super) fn alarm(&self, id: AlarmId) -> Option<IfIndex> {
+        self.aftermath.alarms.get(&id).copied()
+    }
+
+    pub(super) fn put_alarm(&mut self, id: AlarmId, port: IfIndex) {
+        let alarms = &self.aftermath.alarms;
+        if alarms.len() >= ALARMS && !alarms.contains_key(&id) {
+            self.add("alarms_refused", 1);
+            return;
+        }
+        self.aftermath.alarms.insert(id, port);
+        self.save_alarm(id);
     }
 
     /// The server gave this MAC a lease: what was amiss with it is mended.
     pub(super) fn bound_again(&mut self, segment: SegmentId, mac: MacAddr) {
-        self.aftermath.alarms.remove(&(segment, mac));
+        let id = AlarmId { segment, mac };
+        if self.aftermath.alarms.remove(&id).is_some() {
+            self.save_alarm(id);
+        }
     }
 
     // ---- what is heard ----------------------------------------------------------------------
@@ -244,6 +305,13 @@ impl Engine {
                 && Speaker::of(message) != Speaker::Impostor
             {
                 self.released_alive(key, "a DHCP message of it came", now);
+            } else if message.ciaddr.is_none()
+                && binding.chaddr == message.chaddr
+                && Speaker::of(message) != Speaker::Impostor
+            {
+                // It boots anew, here or elsewhere: what it sends from now on is no sign of an error.
+                self.end_vigil(key);
+                self.schedule_ended(key, now);
             }
         }
     }
@@ -304,6 +372,7 @@ impl Engine {
         if binding.outcome.replace(Outcome::Verified) == Some(Outcome::Verified) {
             return;
         }
+        self.save(key);
         self.add("releases_verified", 1);
         self.tell(key, NoticeKind::Verified, reason, now);
     }
@@ -395,11 +464,23 @@ impl Engine {
             return;
         };
         binding.outcome = Some(Outcome::Ignored);
+        self.save(key);
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
         let Some(vigil) = binding.vigil.filter(|vigil| !vigil.closed) else {
             return;
         };
         if vigil.sent >= RELEASES {
             return;
+        }
+        // A binding that has ended is not told of its port's losses.
+        let lost_at = self.ports.get(&binding.port).and_then(|port| port.lost_at);
+        if let (Check::Watching(watching), Some(lost)) = (binding.check, lost_at)
+            && lost >= watching.armed_at
+            && let Some(binding) = self.bindings.get_mut(&key)
+        {
+            binding.doubt = binding.doubt.or(Some(Doubt::RecordsLost(lost)));
         }
         // It may not have a token: then it is as good as ignored. Every other gate must pass.
         let Some(binding) = self.bindings.get(&key) else {

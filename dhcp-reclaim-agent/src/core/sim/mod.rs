@@ -43,7 +43,7 @@ fn story(setup: &Setup, seed: u64, violation: &Violation) -> String {
     let violation = last.as_ref().unwrap_or(violation);
     format!(
         "seed {seed}: {}: {}\n{} of {} decisions are needed\n\n{}\nagain: DHCP_RECLAIM_SIM_SEED={seed} cargo \
-         test --release -p dhcp-reclaim-agent --lib sim\n",
+         test --profile sim -p dhcp-reclaim-agent --lib sim\n",
         violation.rule,
         violation.text,
         setup.decisions as usize - dropped.len(),

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use super::super::{Policy, gates::Gate};
+use super::super::{Commit, Policy, gates::Gate};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -22,12 +22,18 @@ pub enum Kind {
     Forge,
     LoseRecords,
     Restart,
+    /// A person holds all releases of a node for a while.
+    Hold,
+    /// A person asks a VM, or for its release, without overriding anything.
+    Ask,
 }
 
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub policy: Policy,
     pub nodes: usize,
+    /// The server is beyond an uplink; otherwise it is this host.
+    pub uplinks: bool,
     pub vms: usize,
     pub decisions: u32,
     pub span: Duration,
@@ -37,17 +43,35 @@ pub struct Setup {
     /// Of a hundred VMs, those whose client-id is their neighbour's.
     pub clones: u64,
     pub shared_ports: u64,
+    /// Those whose port nobody named: no DHCP is heard there.
+    pub aside: u64,
+    /// Those that tag their frames.
+    pub trunks: u64,
+    /// Those of the first questions that ask for a rapid commit.
+    pub rapid: u64,
+    /// Of a hundred RELEASEs, those that never reach the server.
+    pub release_loss: u64,
+    /// The server answers DHCPLEASEQUERY.
+    pub queries: bool,
     pub probe_loss: u64,
+    /// Those that do not even leave.
+    pub probe_fail: u64,
     /// In milliseconds; what is longer than the hold-down is outside of the assumptions.
     pub longest_pause: u64,
+    /// In milliseconds, of a tap's carrier.
+    pub longest_flap: u64,
     /// Of a hundred batches of records, those that come out of order.
     pub disorder: u64,
-    /// A paused VM wakes between the decision and the frame.
-    pub wakes_at_emit: bool,
+    /// Of a hundred RELEASEs, those before which a paused VM wakes, after the decision.
+    pub wakes_at_emit: u64,
     /// VMs move while their old node's uplink is cut, and uplinks are cut after moves.
     pub careless: bool,
     /// The share that the breaker allows, as the world counts it.
     pub bound_by_breaker: Option<f64>,
+    /// Of every lease, if they all are the same.
+    pub lease: Option<Duration>,
+    /// The agent of a node is killed before this step of its own.
+    pub kill_at: Option<(usize, u32)>,
     /// Added to the bound of (b): what the rate may take.
     pub slack: Duration,
 }
@@ -61,6 +85,7 @@ impl Setup {
                 ..Policy::default()
             },
             nodes: 2,
+            uplinks: true,
             vms: 12,
             decisions: 400,
             span: Duration::from_secs(6000),
@@ -85,13 +110,67 @@ impl Setup {
             ],
             clones: 5,
             shared_ports: 15,
+            aside: 5,
+            trunks: 20,
+            rapid: 15,
+            release_loss: 0,
+            queries: false,
             probe_loss: 10,
+            probe_fail: 2,
             longest_pause: 200_000,
+            longest_flap: 8000,
             disorder: 10,
-            wakes_at_emit: false,
+            wakes_at_emit: 0,
             careless: true,
             bound_by_breaker: Some(0.5),
+            lease: None,
+            kill_at: None,
             slack: Duration::ZERO,
+        }
+    }
+
+    /// Every kind of world in turn.
+    pub fn of(seed: u64) -> Self {
+        let all = Self::everything();
+        match seed % 8 {
+            0 | 1 => Self::one_host(),
+            2 => Self {
+                policy: Policy {
+                    commit: Commit::Request,
+                    ..all.policy
+                },
+                ..all
+            },
+            4 => all.with_a_person(),
+            3 => Self {
+                queries: true,
+                release_loss: 20,
+                ..all
+            },
+            _ => all,
+        }
+    }
+
+    /// Somebody pauses nodes, asks VMs, and asks for releases.
+    fn with_a_person(mut self) -> Self {
+        self.weights.extend([(Kind::Hold, 2), (Kind::Ask, 15)]);
+        self
+    }
+
+    /// The server is the host itself, and there is no other.
+    pub fn one_host() -> Self {
+        let all = Self::everything();
+        let elsewhere = [Kind::Migrate, Kind::CutUplink, Kind::DetachUplink];
+        let weights = all.weights.iter();
+        Self {
+            nodes: 1,
+            uplinks: false,
+            longest_flap: 1500,
+            weights: weights
+                .filter(|(kind, _)| !elsewhere.contains(kind))
+                .copied()
+                .collect(),
+            ..all
         }
     }
 
@@ -107,6 +186,8 @@ impl Setup {
             weights,
             clones: 0,
             shared_ports: 0,
+            aside: 0,
+            trunks: 0,
             ..Self::everything()
         }
     }

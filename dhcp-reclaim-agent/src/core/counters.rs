@@ -1,0 +1,61 @@
+//! What the engine counts; a contract. All are told from the start, so that a rate has a zero to begin
+//! with.
+
+use std::collections::BTreeMap;
+
+pub const COUNTERS: &[&str] = &[
+    "acks_contested",
+    "alarms_refused",
+    "ambiguous",
+    "answers_poisoned",
+    "answers_unasked",
+    "bindings_refused",
+    "bindings_restored",
+    "conflicts",
+    "held_breaker",
+    "held_confirmed",
+    "held_dead",
+    "held_elsewhere",
+    "held_hold_down",
+    "held_kernel",
+    "held_lease",
+    "held_paused",
+    "held_rate",
+    "held_settled",
+    "held_unique",
+    "import_searches",
+    "imports_contradicted",
+    "imports_found",
+    "imports_refused",
+    "imports_taken",
+    "impostors",
+    "lease_queries",
+    "lease_queries_unanswered",
+    "messages",
+    "messages_without_port",
+    "overslept",
+    "probes_failed",
+    "probes_sent",
+    "questions_asked",
+    "records_lost",
+    "released_alive",
+    "releases_dry_run",
+    "releases_failed",
+    "releases_forced",
+    "releases_ignored",
+    "releases_repeated",
+    "releases_sent",
+    "releases_unknown",
+    "releases_verified",
+    "releases_vetoed",
+    "repetitions_stopped",
+    "rogue_server",
+    "soundings",
+    "soundings_answered",
+    "transactions_refused",
+    "vigils_refused",
+];
+
+pub(super) fn at_zero() -> BTreeMap<&'static str, u64> {
+    COUNTERS.iter().map(|name| (*name, 0)).collect()
+}

@@ -1,0 +1,244 @@
+//! Leases that were told, and not seen on the wire.
+
+use super::*;
+use crate::core::{Import, ImportCount, Origin};
+
+fn told(n: u8, mac: MacAddr) -> Import {
+    Import {
+        key: Key {
+            ip: Ipv4Addr::new(10, 0, 0, n),
+            ..KEY
+        },
+        chaddr: mac,
+        client_id: Some(vec![1, 2, 3]),
+        server: Some(SERVER),
+        server_mac: Some(SERVER_MAC),
+        expires: Some(Time::ZERO + secs(5000)),
+    }
+}
+
+fn taken(count: u64) -> ImportCount {
+    ImportCount {
+        taken: count,
+        ..ImportCount::default()
+    }
+}
+
+fn import(bench: &mut Bench, imports: Vec<Import>) -> ImportCount {
+    let count = bench.engine.import(imports, bench.now);
+    bench.carry_out();
+    count
+}
+
+fn is_hearsay(bench: &Bench) -> bool {
+    bench.engine.imports().any(|binding| binding.key == KEY)
+}
+
+fn armed(bench: &Bench) -> i64 {
+    let each = bench.seen.iter().map(|action| match action {
+        Action::Arm { .. } => 1,
+        Action::Disarm { .. } => -1,
+        _ => 0,
+    });
+    each.sum()
+}
+
+#[test]
+fn one_that_is_seen_alive_here_is_a_binding_and_can_be_released() {
+    let mut bench = Bench::new(Policy::default());
+    bench.lives_at = Some(VM_PORT);
+    assert_eq!(import(&mut bench, vec![told(1, VM)]), taken(1));
+    assert_eq!((bench.state(KEY), is_hearsay(&bench)), (None, true));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.pass(secs(2));
+    assert_eq!(
+        (bench.state(KEY), is_hearsay(&bench)),
+        (Some(State::Bound), false)
+    );
+    assert_eq!(armed(&bench), 0);
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+    let binding = bench.engine.bindings().next().expect("a binding");
+    assert_eq!((binding.port, binding.origin), (VM_PORT, Origin::Imported));
+    bench.lives_at = None;
+    bench.pass(secs(10));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(290));
+    assert_eq!(
+        bench.releases(),
+        0,
+        "no ACK was seen: it has the time of a silent one"
+    );
+    bench.pass(secs(20));
+    assert_eq!(bench.releases(), 1);
+    let release = bench.seen.iter().find_map(|action| match action {
+        Action::Release { release, .. } => Some(release),
+        _ => None,
+    });
+    assert_eq!(
+        release.map(|r| r.client_id.clone()),
+        Some(Some(vec![1, 2, 3]))
+    );
+}
+
+#[test]
+fn one_whose_vm_was_never_seen_is_never_released() {
+    let mut bench = Bench::new(Policy::default());
+    import(&mut bench, vec![told(1, VM)]);
+    for round in 0..4 {
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(secs(300));
+        assert!(is_hearsay(&bench), "round {round}");
+        assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+        bench.port(VM_PORT, "vm1", Role::Vm);
+    }
+    // At most once a minute.
+    let searches = bench.engine.counters()["import_searches"];
+    assert!((4..=21).contains(&searches), "{searches}");
+    bench.pass(secs(5000));
+    assert!(!is_hearsay(&bench), "its lease is over");
+    assert_eq!((bench.releases(), armed(&bench)), (0, 0));
+    assert_eq!(bench.engine.poll_timeout(), None);
+}
+
+#[test]
+fn one_that_lives_elsewhere_or_at_two_places_is_not_ours() {
+    bench_that_sees(|bench| {
+        bench.port(UPLINK, "eth0", Role::Uplink);
+        bench.lives_at = Some(UPLINK);
+    });
+    bench_that_sees(|bench| {
+        bench.lives_at = Some(VM_PORT);
+        bench.also_at = Some(OTHER_PORT);
+    });
+    // The address is somebody else's by now.
+    bench_that_sees(|bench| {
+        bench.lives_at = Some(VM_PORT);
+        bench.address_of = Some(OTHER);
+    });
+    bench_that_sees(|bench| {
+        bench.lives_at = Some(VM_PORT);
+        bench.evidence.armed = false;
+    });
+    // Its MAC is there, and has another address.
+    bench_that_sees(|bench| {
+        bench.lives_at = Some(VM_PORT);
+        bench.mac_only = true;
+    });
+}
+
+fn bench_that_sees(world: impl FnOnce(&mut Bench)) {
+    let mut bench = Bench::new(Policy::default());
+    world(&mut bench);
+    import(&mut bench, vec![told(1, VM)]);
+    bench.pass(secs(30));
+    assert_eq!((bench.state(KEY), is_hearsay(&bench)), (None, true));
+    assert_eq!(armed(&bench), 0);
+}
+
+#[test]
+fn what_the_wire_says_is_better() {
+    let mut bench = settled();
+    let known = ImportCount {
+        known: 1,
+        ..ImportCount::default()
+    };
+    assert_eq!(import(&mut bench, vec![told(1, OTHER)]), known);
+    assert!(!is_hearsay(&bench));
+    // An ACK takes the place of what was told, found or not.
+    for found in [false, true] {
+        let mut bench = Bench::new(Policy::default());
+        bench.lives_at = found.then_some(VM_PORT);
+        import(&mut bench, vec![told(1, VM)]);
+        bench.pass(secs(2));
+        bench.lives_at = None;
+        bench.lease(OTHER_PORT, OTHER, IP);
+        let binding = bench.engine.bindings().next().expect("a binding");
+        assert_eq!((binding.chaddr, binding.origin), (OTHER, Origin::Wire));
+        assert!(!is_hearsay(&bench));
+    }
+    // In the middle of a search, too.
+    let mut bench = Bench::new(Policy::default());
+    import(&mut bench, vec![told(1, VM)]);
+    bench.lease(VM_PORT, VM, IP);
+    bench.pass(secs(2));
+    assert_eq!(
+        (bench.state(KEY), is_hearsay(&bench)),
+        (Some(State::Bound), false)
+    );
+    assert_eq!(armed(&bench), 0);
+}
+
+#[test]
+fn a_vm_gives_up_its_own_and_no_neighbours() {
+    let mut bench = Bench::new(Policy::default());
+    import(&mut bench, vec![told(1, VM)]);
+    let release = |bench: &Bench, mac| Message {
+        kind: MessageType::Release,
+        ciaddr: Some(IP),
+        requested_ip: None,
+        ..bench.request(OTHER_PORT, mac, IP)
+    };
+    bench.message(release(&bench, OTHER));
+    assert!(is_hearsay(&bench), "a neighbour's word");
+    // Nor does who asks for it end it.
+    bench.message(bench.request(OTHER_PORT, OTHER, IP));
+    bench.pass(secs(200));
+    assert!(is_hearsay(&bench));
+    bench.message(release(&bench, VM));
+    assert!(!is_hearsay(&bench));
+}
+
+#[test]
+fn they_are_bounded_and_looked_for_a_few_at_a_time() {
+    let mut bench = Bench::new(Policy::default());
+    let many = |from: u32| {
+        let each = (from..from + 10_000).map(|n| Import {
+            key: Key {
+                ip: Ipv4Addr::from(0x0a10_0000 + n),
+                ..KEY
+            },
+            ..told(1, VM)
+        });
+        each.collect::<Vec<_>>()
+    };
+    assert_eq!(import(&mut bench, many(0)), taken(10_000));
+    let count = import(&mut bench, many(10_000));
+    assert_eq!((count.taken, count.refused), (6384, 3616));
+    let mut most = 0;
+    for _ in 0..300 {
+        bench.pass(secs(1));
+        most = most.max(armed(&bench));
+    }
+    assert!((1..=64).contains(&most), "{most} at once");
+    assert!(bench.engine.counters()["import_searches"] >= 16_384);
+    let nonsense = [
+        told(1, MacAddr::BROADCAST),
+        told(1, MacAddr([0; 6])),
+        told(254, VM),
+    ];
+    let mut bench = Bench::new(Policy::default());
+    assert_eq!(import(&mut bench, nonsense.to_vec()).refused, 3);
+}
+
+#[test]
+fn they_outlive_the_agent_as_what_they_are() {
+    let mut bench = Bench::new(Policy::default());
+    import(&mut bench, vec![told(1, VM)]);
+    assert!(bench.saves.contains(&(KEY, Some(State::Requested))));
+    let saved = bench.engine.saved(KEY).expect("it is kept");
+    let mut next = Bench::new(Policy::default());
+    next.engine.restore(vec![saved], next.now);
+    next.carry_out();
+    assert!(is_hearsay(&next));
+    next.lives_at = Some(OTHER_PORT);
+    next.pass(secs(2));
+    assert_eq!(next.state(KEY), Some(State::Bound));
+    let saved = next.engine.saved(KEY).expect("it is kept");
+    assert_eq!((saved.origin, saved.seen_alive), (Origin::Imported, true));
+}
