@@ -5,7 +5,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Changes whenever a layout or a map below changes; pins carry it in their path.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Slots of the `PORTS` array. A port's slot is `ifindex & (PORT_SLOTS - 1)`.
 pub const PORT_SLOTS: u32 = 32_768;
@@ -31,6 +31,9 @@ pub const ROLE_NONE: u8 = 0;
 pub const ROLE_VM: u8 = 1;
 /// Other hosts are behind the port: DHCP servers, relays, VMs elsewhere.
 pub const ROLE_UPLINK: u8 = 2;
+/// Nobody said what is behind the port: it makes no lease, no answer of it is believed, and its frames
+/// are signs of life like any other port's.
+pub const ROLE_ASIDE: u8 = 3;
 
 /// One DHCP message, as `classify` read it. All bytes that were not on the wire are zero.
 #[repr(C)]
@@ -46,7 +49,7 @@ pub struct Record {
     pub direction: u8,
     /// `ROLE_*` of the port.
     pub role: u8,
-    /// Outer VLAN identifier (12 bits), zero when untagged or priority-tagged.
+    /// Outer VLAN identifier (12 bits); `PortSlot::pvid` when untagged or priority-tagged.
     pub vlan: [u8; 2],
     /// `PRESENT_*`: the options that were found and well formed.
     pub present: u16,
@@ -153,7 +156,9 @@ pub struct PortSlot {
     pub reserved: u8,
     /// *kernel*: xids of the port's open REQUESTs; only an answer to one of them is a record.
     pub pending: [[u8; 4]; PENDING_PER_PORT],
-    pub reserved2: [u8; 4],
+    /// VLAN of the port's untagged frames, where its bridge filters VLANs; zero: they have none.
+    pub pvid: u16,
+    pub reserved2: [u8; 2],
 }
 
 impl PortSlot {
@@ -349,7 +354,7 @@ pub enum Counter {
     Ambiguous,
     /// UDP 67/68 without BOOTP op 1 or 2, or without the magic cookie (RFC 2131 section 3).
     NotDhcp,
-    /// Server messages that a VM sent.
+    /// Server messages that came by a port that is no uplink.
     RogueServer,
     /// Answers towards a port that had not asked (broadcasts for others, mostly).
     Unasked,
@@ -452,8 +457,9 @@ mod tests {
                 offset_of!(PortSlot, exact),
                 offset_of!(PortSlot, pending_next),
                 offset_of!(PortSlot, pending),
+                offset_of!(PortSlot, pvid),
             ],
-            [0, 4, 8, 12, 16, 24, 28, 30, 32, 33, 34, 36]
+            [0, 4, 8, 12, 16, 24, 28, 30, 32, 33, 34, 36, 60]
         );
         assert_eq!(
             [

@@ -18,7 +18,7 @@ use aya_log_ebpf::debug;
 use dhcp_reclaim_ebpf::{
     abi::{
         Counter, DIRECTION_FROM_PORT, DIRECTION_TO_PORT, EMIT_INGRESS, EmitOrder, ORDER_ENTRIES,
-        PORT_SLOTS, PortSlot, RING_BYTES, ROLE_VM, Record, VERDICT_SENT, VERDICT_UNWATCHED,
+        PORT_SLOTS, PortSlot, RING_BYTES, ROLE_UPLINK, Record, VERDICT_SENT, VERDICT_UNWATCHED,
         VERDICT_VETOED, WATCH_ENTRIES, WATCH_IP, WATCH_MAC, WatchKey, WatchValue,
     },
     wire::{
@@ -82,7 +82,7 @@ pub fn vm_egress(ctx: TcContext) -> i32 {
     // Answers are rare and nothing else is looked at: not even the port's slot, before that test.
     if ctx.is_candidate()
         && let Some(slot) = slot(ctx.ifindex())
-        && !from_vm(&ctx)
+        && !from_guest(&ctx)
     {
         dhcp::<TcContext>(ctx.raw(), slot, DIRECTION_TO_PORT);
     }
@@ -388,7 +388,7 @@ fn ingress<C: Context>(ctx: &C) {
         slot.seen_epoch = epoch;
     }
     if slot.exact != 0 {
-        sight::<C>(ctx.raw(), slot.segment);
+        sight::<C>(ctx.raw(), slot.segment, slot.pvid);
     }
     if ctx.is_candidate() {
         dhcp::<C>(ctx.raw(), slot, DIRECTION_FROM_PORT);
@@ -412,7 +412,7 @@ fn slot(ifindex: u32) -> Option<&'static mut PortSlot> {
 
 /// The exact tier: notes the sources of a frame, where they are watched.
 #[inline(never)]
-fn sight<C: Context>(raw: *mut C::Raw, segment: u32) {
+fn sight<C: Context>(raw: *mut C::Raw, segment: u32, pvid: u16) {
     let ctx = C::from_raw(raw);
     let sources = if let Some(head) = ctx.head::<SOURCES_HEAD>() {
         wire::sources(head, ctx.tag())
@@ -428,7 +428,7 @@ fn sight<C: Context>(raw: *mut C::Raw, segment: u32) {
     let ifindex = ctx.ifindex();
     let mut key = WatchKey {
         segment,
-        vlan: sources.vlan,
+        vlan: vlan_of(sources.vlan, pvid),
         kind: WATCH_MAC,
         reserved: 0,
         address: [0; 8],
@@ -440,6 +440,17 @@ fn sight<C: Context>(raw: *mut C::Raw, segment: u32) {
         key.address = [0; 8];
         key.address[..4].copy_from_slice(&sources.ip);
         note(&key, now, ifindex, sources.mac);
+    }
+}
+
+/// What a frame belongs to: as a bridge that filters VLANs sees it on the port. On the way out the
+/// bridge has taken the tag away again.
+#[inline(always)]
+fn vlan_of(tag: [u8; 2], pvid: u16) -> [u8; 2] {
+    if u16::from_be_bytes(tag) == 0 {
+        pvid.to_be_bytes()
+    } else {
+        tag
     }
 }
 
@@ -491,6 +502,7 @@ fn dhcp<C: Context>(raw: *mut C::Raw, slot: &mut PortSlot, direction: u8) {
         Outcome::NotDhcp => return count(Counter::NotDhcp),
         Outcome::Message => count(Counter::Dhcp),
     }
+    record.vlan = vlan_of(record.vlan, slot.pvid);
     if record.anomalies != 0 {
         count(Counter::Ambiguous);
     }
@@ -514,17 +526,17 @@ fn dhcp<C: Context>(raw: *mut C::Raw, slot: &mut PortSlot, direction: u8) {
     push(slot, record);
 }
 
-/// Whether a frame on its way out came in by a VM's port. What a VM says in a server's name is
-/// heard there as a rogue's; it is no answer, also when that record was lost.
+/// Whether a frame on its way out came in by a port of ours that is no uplink. What is said there in
+/// a server's name is heard as a rogue's; it is no answer, also when that record was lost.
 #[inline(never)]
-fn from_vm(ctx: &TcContext) -> bool {
+fn from_guest(ctx: &TcContext) -> bool {
     // SAFETY: a field of the context that the kernel gave us.
     let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
     let Some(slot) = PORTS.get_ptr(came_by & (PORT_SLOTS - 1)) else {
         return false;
     };
     // SAFETY: a live map value.
-    unsafe { came_by != 0 && (*slot).ifindex == came_by && (*slot).role == ROLE_VM }
+    unsafe { came_by != 0 && (*slot).ifindex == came_by && (*slot).role != ROLE_UPLINK }
 }
 
 /// Hands the record to the agent, or counts why not.
@@ -540,8 +552,8 @@ fn push(slot: &mut PortSlot, record: &mut Record) {
         return count(Counter::RateLimited);
     }
     // The last quarter is for what servers say: a VM cannot fill it.
-    let from_vm = record.role == ROLE_VM && record.direction == DIRECTION_FROM_PORT;
-    if from_vm && RECORDS.query(AVAILABLE_DATA) > RECORDS.query(RING_SIZE) / 4 * 3 {
+    let from_guest = record.role != ROLE_UPLINK && record.direction == DIRECTION_FROM_PORT;
+    if from_guest && RECORDS.query(AVAILABLE_DATA) > RECORDS.query(RING_SIZE) / 4 * 3 {
         slot.lost = slot.lost.wrapping_add(1);
         return count(Counter::RingFull);
     }

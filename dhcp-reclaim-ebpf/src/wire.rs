@@ -14,7 +14,7 @@ use crate::abi::{
     ANOMALY_OPTION_LENGTH, ANOMALY_OVERRUN, ANOMALY_STACKED_TAGS, ANOMALY_TOO_MANY, CLIENT_ID_MAX,
     DIRECTION_FROM_PORT, PRESENT_CLIENT_ID, PRESENT_LEASE_TIME, PRESENT_MESSAGE_TYPE,
     PRESENT_RAPID_COMMIT, PRESENT_REBINDING_TIME, PRESENT_RELAY_AGENT, PRESENT_RENEWAL_TIME,
-    PRESENT_REQUESTED_IP, PRESENT_SERVER_ID, ROLE_UPLINK, ROLE_VM, Record,
+    PRESENT_REQUESTED_IP, PRESENT_SERVER_ID, ROLE_ASIDE, ROLE_UPLINK, ROLE_VM, Record,
 };
 
 #[cfg(any(test, feature = "vectors"))]
@@ -329,6 +329,13 @@ pub fn interest(role: u8, direction: u8, record: &Record) -> Interest {
         let wanted = kind == REQUEST || kind == ACK || kind == NAK || strange;
         return if wanted {
             Interest::Push
+        } else {
+            Interest::Nobody
+        };
+    }
+    if role == ROLE_ASIDE {
+        return if record.op == 2 {
+            Interest::Rogue
         } else {
             Interest::Nobody
         };
@@ -738,6 +745,15 @@ mod tests {
             (ROLE_UPLINK, from, Builder::server(ACK), Interest::Push),
             (ROLE_UPLINK, from, Builder::server(2), Interest::Nobody),
             (ROLE_UPLINK, to, Builder::server(ACK), Interest::Nobody),
+            (ROLE_ASIDE, from, Builder::selecting(), Interest::Nobody),
+            (
+                ROLE_ASIDE,
+                from,
+                bent(Builder::selecting()),
+                Interest::Nobody,
+            ),
+            (ROLE_ASIDE, from, Builder::server(ACK), Interest::Rogue),
+            (ROLE_ASIDE, to, Builder::server(ACK), Interest::Nobody),
             (ROLE_NONE, from, Builder::selecting(), Interest::Nobody),
         ] {
             assert_eq!(

@@ -156,11 +156,26 @@ impl Attachments {
             fs::remove_file(&path).map_err(|source| path_error(&path, source))?;
             stale.extend(owner);
         }
-        stale.sort_unstable();
-        stale.dedup();
         Ok(stale)
     }
 }
+
+/// Takes off what an agent before us left on a port's clsact, of which there is no pin; whether
+/// there was something.
+pub(super) fn remove_filters(ifindex: IfIndex) -> bool {
+    // A port that is gone took them along.
+    let Some(interface) = interface_name(ifindex) else {
+        return false;
+    };
+    WAYS.map(|(program, way, _)| tc::qdisc_detach_program(&interface, way, program).is_ok())
+        .contains(&true)
+}
+
+/// The programs of a port, where they sit, and what their pins are called.
+const WAYS: [(&str, TcAttachType, &str); 2] = [
+    ("vm_ingress", TcAttachType::Ingress, "ingress"),
+    ("vm_egress", TcAttachType::Egress, "egress"),
+];
 
 fn attach_tc(
     ebpf: &mut Ebpf,
@@ -176,13 +191,13 @@ fn attach_tc(
             held.detach();
         }
     }
-    let mut ways = vec![("vm_ingress", TcAttachType::Ingress, "ingress")];
-    // What goes out by an uplink is of no interest.
-    if port.role == Role::Vm {
-        ways.push(("vm_egress", TcAttachType::Egress, "egress"));
-    }
+    // What goes out elsewhere answers no VM of ours.
+    let ways = match port.role {
+        Role::Vm => &WAYS[..],
+        Role::Uplink | Role::Aside => &WAYS[..1],
+    };
     let mut done = Vec::new();
-    for (name, way, pin) in ways {
+    for &(name, way, pin) in ways {
         let pin = pins.links().join(format!("{}-{pin}", port.ifindex));
         match attach_classifier(ebpf, name, port.ifindex, way, hook, Some(&pin)) {
             Ok(held) => done.push(held),

@@ -57,6 +57,9 @@ impl Default for LoadOptions {
     }
 }
 
+/// The folder of all pins.
+pub const PINS: &str = "dhcp-reclaim";
+
 /// `<bpffs>/dhcp-reclaim/v<ABI_VERSION>`, held by a lock on the folder above.
 pub(super) struct PinDir {
     top: PathBuf,
@@ -82,7 +85,7 @@ impl PinDir {
                 path: bpffs.to_owned(),
             });
         }
-        let top = bpffs.join("dhcp-reclaim");
+        let top = bpffs.join(PINS);
         let lock = Self::lock(&top)?;
         let version = format!("v{ABI_VERSION}");
         let pins = Self {

@@ -1,6 +1,7 @@
 //! The maps, typed; the slots are mapped into memory.
 
 use std::{
+    collections::BTreeMap,
     io,
     os::fd::{AsFd as _, AsRawFd as _},
     path::Path,
@@ -100,27 +101,31 @@ impl Maps {
             .map_err(|error| full_or("ORDERS", error))
     }
 
-    pub(super) fn verdict(&mut self, xid: u32) -> Result<u8, KernelError> {
-        let key = xid.to_be_bytes();
-        let order: EmitOrder = match self.orders.get(&key, 0) {
-            Ok(order) => transmute!(order),
-            Err(error) if is_missing(&error) => return Ok(VERDICT_NONE),
-            Err(error) => return Err(map_error("ORDERS", error)),
-        };
-        self.orders
-            .remove(&key)
-            .map_err(|error| map_error("ORDERS", error))?;
-        Ok(order.verdict)
+    pub(super) fn verdict(&self, xid: u32) -> Result<u8, KernelError> {
+        match self.orders.get(&xid.to_be_bytes(), 0) {
+            Ok(order) => {
+                let order: EmitOrder = transmute!(order);
+                Ok(order.verdict)
+            }
+            Err(error) if is_missing(&error) => Ok(VERDICT_NONE),
+            Err(error) => Err(map_error("ORDERS", error)),
+        }
     }
 
-    pub(super) fn clear_orders(&mut self) -> Result<(), KernelError> {
-        let keys: Vec<[u8; 4]> = self.orders.keys().flatten().collect();
-        for key in keys {
-            self.orders
-                .remove(&key)
-                .map_err(|error| map_error("ORDERS", error))?;
+    pub(super) fn orders(&self) -> Result<BTreeMap<u32, EmitOrder>, KernelError> {
+        let rows = self.orders.iter().map(|row| {
+            let (xid, order) = row?;
+            Ok((u32::from_be_bytes(xid), transmute!(order)))
+        });
+        rows.collect::<Result<_, _>>()
+            .map_err(|error| map_error("ORDERS", error))
+    }
+
+    pub(super) fn forget_order(&mut self, xid: u32) -> Result<(), KernelError> {
+        match self.orders.remove(&xid.to_be_bytes()) {
+            Err(error) if is_missing(&error) => Ok(()),
+            result => result.map_err(|error| map_error("ORDERS", error)),
         }
-        Ok(())
     }
 
     pub(super) fn counter(&self, counter: Counter) -> Result<u64, KernelError> {
@@ -205,6 +210,19 @@ impl Ports {
         }
     }
 
+    pub(super) fn set_record_limits(&mut self, ifindex: IfIndex, rate: u16, burst: u16) {
+        if let Some(slot) = self.owned(ifindex) {
+            slot.rate().store(rate, Ordering::Relaxed);
+            slot.burst().store(burst, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn set_pvid(&mut self, ifindex: IfIndex, pvid: u16) {
+        if let Some(slot) = self.owned(ifindex) {
+            slot.pvid().store(pvid, Ordering::Release);
+        }
+    }
+
     pub(super) fn seen_epoch(&self, ifindex: IfIndex) -> Option<u32> {
         let epoch = self.owned(ifindex)?.seen_epoch().load(Ordering::Acquire);
         (epoch != 0).then_some(epoch)
@@ -266,6 +284,7 @@ fields! {
     burst: AtomicU16,
     role: AtomicU8,
     exact: AtomicU8,
+    pvid: AtomicU16,
 }
 
 impl Slot {

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use dhcp_reclaim_ebpf::abi::{
     DIRECTION_FROM_PORT, DIRECTION_TO_PORT, PRESENT_CLIENT_ID, PRESENT_LEASE_TIME,
     PRESENT_RAPID_COMMIT, PRESENT_REBINDING_TIME, PRESENT_RENEWAL_TIME, PRESENT_REQUESTED_IP,
-    PRESENT_SERVER_ID, ROLE_UPLINK, ROLE_VM, Record, WATCH_IP, WATCH_MAC, WatchKey,
+    PRESENT_SERVER_ID, ROLE_ASIDE, ROLE_UPLINK, ROLE_VM, Record, WATCH_IP, WATCH_MAC, WatchKey,
 };
 
 use crate::core::{Direction, IfIndex, MacAddr, Message, MessageType, Role, Time, Vlan};
@@ -25,6 +25,16 @@ pub enum Malformed {
     Role(u8),
 }
 
+/// A port's role, as records and slots say it.
+pub fn role_of(role: u8) -> Option<Role> {
+    match role {
+        ROLE_VM => Some(Role::Vm),
+        ROLE_UPLINK => Some(Role::Uplink),
+        ROLE_ASIDE => Some(Role::Aside),
+        _ => None,
+    }
+}
+
 /// The record's message.
 pub fn message(record: &Record) -> Result<Message, Malformed> {
     let direction = match record.direction {
@@ -32,11 +42,7 @@ pub fn message(record: &Record) -> Result<Message, Malformed> {
         DIRECTION_TO_PORT => Direction::ToPort,
         other => return Err(Malformed::Direction(other)),
     };
-    let role = match record.role {
-        ROLE_VM => Role::Vm,
-        ROLE_UPLINK => Role::Uplink,
-        other => return Err(Malformed::Role(other)),
-    };
+    let role = role_of(record.role).ok_or(Malformed::Role(record.role))?;
     let kind = match record.message_type {
         0 => return Err(Malformed::NoType),
         1 => MessageType::Discover,

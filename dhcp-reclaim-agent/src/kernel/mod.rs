@@ -6,23 +6,30 @@ mod maps;
 mod message;
 mod ring;
 
-use std::{collections::BTreeMap, io, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+};
 
 use aya::{Ebpf, programs::ProgramError};
 use dhcp_reclaim_ebpf::abi::{
-    Counter, EmitOrder, PortSlot, ROLE_UPLINK, ROLE_VM, WatchKey, WatchValue,
+    Counter, EmitOrder, PortSlot, ROLE_ASIDE, ROLE_UPLINK, ROLE_VM, WatchKey, WatchValue,
 };
 
 use nix::net::if_::if_indextoname;
 
 pub use self::{
     attach::AttachedHook,
-    load::{Hook, LoadOptions},
-    message::{Malformed, message, watch_ip, watch_mac},
+    load::{Hook, LoadOptions, PINS},
+    message::{Malformed, message, role_of, watch_ip, watch_mac},
     ring::{BATCH, RecordRing},
 };
 use self::{attach::Attachments, load::PinDir, maps::Maps};
-use crate::core::{IfIndex, Port, Role};
+use crate::{
+    core::{IfIndex, Port, Role, Vlan},
+    metrics::ProgramStats,
+};
 
 /// What keeps the kernel half from working, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +81,8 @@ pub enum KernelError {
     },
     #[error("map {0} is full: raise its size, or watch fewer bindings at once")]
     Full(&'static str),
+    #[error("cannot read what a program has cost")]
+    Info(#[source] Box<ProgramError>),
     #[error("cannot poll the ring buffer")]
     Poll(#[source] io::Error),
 }
@@ -109,6 +118,7 @@ impl Kernel {
         let role = match port.role {
             Role::Vm => ROLE_VM,
             Role::Uplink => ROLE_UPLINK,
+            Role::Aside => ROLE_ASIDE,
         };
         self.maps.ports.claim(port, role, rate, burst)?;
         self.attachments
@@ -125,12 +135,17 @@ impl Kernel {
     /// Detaches from every port that an earlier agent watched and this one does not: to be called
     /// once the first look at the ports is done. Returns those ports.
     pub fn forget_unwatched(&mut self) -> Result<Vec<IfIndex>, KernelError> {
-        let stale = self.attachments.remove_stale(&self.pins)?;
+        let mut stale = self.attachments.remove_stale(&self.pins)?;
         for slot in self.maps.ports.owners() {
             if !self.attachments.has(slot) {
+                if attach::remove_filters(slot) {
+                    stale.push(slot);
+                }
                 self.maps.ports.release(slot);
             }
         }
+        stale.sort_unstable();
+        stale.dedup();
         Ok(stale)
     }
 
@@ -143,6 +158,17 @@ impl Kernel {
     /// While set, the port's frames are looked up in WATCH.
     pub fn set_exact(&mut self, ifindex: IfIndex, exact: bool) {
         self.maps.ports.set_exact(ifindex, exact);
+    }
+
+    /// How many records a second, and at once, the port may have; a zero rate is no limit.
+    pub fn set_record_limits(&mut self, ifindex: IfIndex, rate: u16, burst: u16) {
+        self.maps.ports.set_record_limits(ifindex, rate, burst);
+    }
+
+    /// The VLAN that the port's untagged frames belong to; zero: none, as on a bridge that does not
+    /// filter VLANs.
+    pub fn set_pvid(&mut self, ifindex: IfIndex, pvid: Vlan) {
+        self.maps.ports.set_pvid(ifindex, pvid);
     }
 
     /// The epoch of the port's latest incoming frame; `None` if none came, or the port is not
@@ -188,20 +214,31 @@ impl Kernel {
         self.maps.armed()
     }
 
-    /// Lets the RELEASE with this xid pass `emit`, once it is sent on the private link.
+    /// Lets the RELEASE with this xid pass `emit`, once it is sent on the private link. It is there
+    /// until it is forgotten, also for an agent that comes after this one.
     pub fn order(&mut self, xid: u32, order: &EmitOrder) -> Result<(), KernelError> {
         self.maps.order(xid, order)
     }
 
-    /// What `emit` did with the order (`VERDICT_*`), which it takes away. `VERDICT_NONE`: the frame
-    /// never came by.
-    pub fn verdict(&mut self, xid: u32) -> Result<u8, KernelError> {
+    /// What `emit` did with the order (`VERDICT_*`). `VERDICT_NONE`: the frame never came by.
+    pub fn verdict(&self, xid: u32) -> Result<u8, KernelError> {
         self.maps.verdict(xid)
     }
 
-    /// Takes away the orders that an earlier agent left.
-    pub fn clear_orders(&mut self) -> Result<(), KernelError> {
-        self.maps.clear_orders()
+    /// Every order that is there, by its xid: an earlier agent's too.
+    pub fn orders(&self) -> Result<BTreeMap<u32, EmitOrder>, KernelError> {
+        self.maps.orders()
+    }
+
+    /// Takes an order away: from here on a frame with this xid does not pass.
+    pub fn forget_order(&mut self, xid: u32) -> Result<(), KernelError> {
+        self.maps.forget_order(xid)
+    }
+
+    /// The slots of all ports that are watched: an earlier agent's too, whose ports may be gone.
+    pub fn slots(&self) -> Vec<PortSlot> {
+        let owners = self.maps.ports.owners().into_iter();
+        owners.filter_map(|owner| self.port_slot(owner)).collect()
     }
 
     /// The kernel half's counters, by [`Counter::name`].
@@ -211,6 +248,24 @@ impl Kernel {
             Ok((counter.name(), value))
         });
         values.collect()
+    }
+
+    /// What each program has cost since it was loaded.
+    pub fn programs(&self) -> Result<Vec<ProgramStats>, KernelError> {
+        let mut programs = Vec::new();
+        for (name, program) in self.ebpf.programs() {
+            match program.info() {
+                Ok(info) => programs.push(ProgramStats {
+                    name: name.to_owned(),
+                    runs: info.run_count(),
+                    time: info.run_time(),
+                }),
+                // Those of the other hook.
+                Err(ProgramError::NotLoaded) => {}
+                Err(error) => return Err(KernelError::Info(Box::new(error))),
+            }
+        }
+        Ok(programs)
     }
 
     /// The records, for the loop to wait for; to be taken once, within the runtime.
@@ -226,6 +281,20 @@ impl Kernel {
     /// The object itself, for test runs of its programs.
     pub fn ebpf(&self) -> &Ebpf {
         &self.ebpf
+    }
+
+    /// Takes away what agents left that are not running any more; returns the ports of that.
+    pub fn detach_left(bpffs: &Path) -> Result<Vec<IfIndex>, KernelError> {
+        if !bpffs.join(PINS).exists() {
+            return Ok(Vec::new());
+        }
+        let mut kernel = Self::load(&LoadOptions {
+            bpffs: bpffs.to_owned(),
+            ..LoadOptions::default()
+        })?;
+        let ports = kernel.forget_unwatched()?;
+        kernel.unpin_all()?;
+        Ok(ports)
     }
 
     /// The clean stop: detaches everything and removes the pins.

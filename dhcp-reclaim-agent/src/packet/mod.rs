@@ -1,8 +1,10 @@
-//! Bytes on the wire, made from the core's types: ARP probes and DHCPRELEASEs.
+//! Bytes on the wire, made from the core's types: ARP probes and DHCP messages. Only here dhcproto is
+//! touched.
 
 #![forbid(unsafe_code)]
 
 pub mod arp;
+pub mod inform;
 pub mod leasequery;
 pub mod release;
 

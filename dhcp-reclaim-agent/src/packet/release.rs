@@ -1,4 +1,4 @@
-//! DHCPRELEASE frames (RFC 2131 section 4.4.6 and table 5). The only module that touches dhcproto.
+//! DHCPRELEASE frames (RFC 2131 section 4.4.6 and table 5).
 
 use std::net::Ipv4Addr;
 
@@ -12,7 +12,7 @@ use crate::core::{MacAddr, Release};
 
 /// BOOTP messages are at least this long (RFC 1542 section 2.1); relays and old servers drop
 /// shorter ones.
-const BOOTP_MIN: usize = 300;
+pub(super) const BOOTP_MIN: usize = 300;
 const OPTION_MAX: usize = 255;
 const CLIENT_PORT: u16 = 68;
 const SERVER_PORT: u16 = 67;
@@ -52,9 +52,24 @@ pub fn release_frame(
     unicast_ip("lease", release.ip)?;
     unicast_ip("server identifier", release.server)?;
     unicast_mac("chaddr", release.chaddr)?;
-    unicast_mac("server MAC", server_mac)?;
+    // All zero is this host's own, while its bridge has no port: no frame has such a source.
+    if server_mac != MacAddr([0; 6]) {
+        unicast_mac("server MAC", server_mac)?;
+    }
     let bootp = bootp(release, xid, message)?;
+    datagram(
+        (release.chaddr, server_mac),
+        (release.ip, release.server),
+        &bootp,
+    )
+}
 
+/// A client's message: MACs and addresses of who sends it and of the server.
+pub(super) fn datagram(
+    macs: (MacAddr, MacAddr),
+    ips: (Ipv4Addr, Ipv4Addr),
+    bootp: &[u8],
+) -> Result<Vec<u8>, ReleaseError> {
     // Options are bounded above, so these lengths fit by far.
     let udp_len = UdpHeader::LEN + bootp.len();
     let udp_len = u16::try_from(udp_len).map_err(|_| ReleaseError::MessageTooLong(udp_len))?;
@@ -62,8 +77,8 @@ pub fn release_frame(
         total_len: Ipv4Header::MIN_LEN_U16 + udp_len,
         time_to_live: 64,
         protocol: IpNumber::UDP,
-        source: release.ip.octets(),
-        destination: release.server.octets(),
+        source: ips.0.octets(),
+        destination: ips.1.octets(),
         // Below 1,500 bytes always; and an atomic datagram needs no identification (RFC 6864).
         dont_fragment: true,
         ..Ipv4Header::default()
@@ -76,11 +91,11 @@ pub fn release_frame(
         checksum: 0,
     };
     udp.checksum = udp
-        .calc_checksum_ipv4(&ip, &bootp)
+        .calc_checksum_ipv4(&ip, bootp)
         .map_err(|_| ReleaseError::MessageTooLong(bootp.len()))?;
     let ethernet = Ethernet2Header {
-        source: release.chaddr.0,
-        destination: server_mac.0,
+        source: macs.0.0,
+        destination: macs.1.0,
         ether_type: EtherType::IPV4,
     };
 
