@@ -8,8 +8,17 @@ use crate::core::Time;
 
 /// `CLOCK_MONOTONIC`: the clock of `bpf_ktime_get_ns`, so that times of both halves compare.
 pub fn monotonic() -> Time {
+    read(ClockId::CLOCK_MONOTONIC)
+}
+
+/// `CLOCK_BOOTTIME`: goes on while the host is suspended.
+pub fn boottime() -> Time {
+    read(ClockId::CLOCK_BOOTTIME)
+}
+
+fn read(clock: ClockId) -> Time {
     // Fails only for a clock that the kernel does not have (clock_gettime(2)).
-    let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else {
+    let Ok(now) = clock_gettime(clock) else {
         return Time::ZERO;
     };
     let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);

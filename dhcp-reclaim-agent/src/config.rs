@@ -2,10 +2,12 @@
 
 #![forbid(unsafe_code)]
 
+mod source;
 mod span;
 
 use std::{
     fmt, fs, io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -14,15 +16,19 @@ use std::{
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, de};
 
-pub use self::span::{ParseSpanError, Span};
+pub use self::{
+    source::Source,
+    span::{ParseSpanError, Span},
+};
 use crate::{
     core::{self, Policy},
+    leasefile::{ImportSpec, PlaceError},
     ports::{Glob, PortRules},
 };
 
 pub const DEFAULT_CONTROL: &str = "/run/dhcp-reclaim/control.sock";
 const DEFAULT_STATE: &str = "/var/lib/dhcp-reclaim";
-const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 
 /// How the agent behaves; every value is within its bounds.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +46,7 @@ pub struct Settings {
     /// A stop takes the kernel half along; else it listens on for the next agent.
     pub detach_on_exit: bool,
     pub dry_run: bool,
+    pub sandbox: Sandbox,
 
     /// Without a frame for this long, an address is probed.
     pub silence: Duration,
@@ -70,6 +77,10 @@ pub struct Settings {
     pub record_burst: u16,
     pub bindings_per_port: u32,
     pub leasequery: LeaseQuery,
+    /// Lease files that are read at the start.
+    pub imports: Vec<ImportSpec>,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl Default for Settings {
@@ -85,6 +96,7 @@ impl Default for Settings {
             state: PathBuf::from(DEFAULT_STATE),
             detach_on_exit: false,
             dry_run: false,
+            sandbox: Sandbox::Enforce,
             silence: Duration::from_secs(30),
             probe_interval: Duration::from_secs(10),
             misses: 3,
@@ -103,6 +115,8 @@ impl Default for Settings {
             record_burst: 60,
             bindings_per_port: 256,
             leasequery: LeaseQuery::Auto,
+            imports: Vec::new(),
+            metrics: None,
         }
     }
 }
@@ -146,6 +160,17 @@ pub enum LeaseQuery {
     Off,
 }
 
+/// What a running agent gives up of its privileges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sandbox {
+    /// All that it does not need.
+    Enforce,
+    /// Capabilities only; the kernel logs system calls that it should not need.
+    Log,
+    Off,
+}
+
 /// How large a part of the node's bindings may die in one window.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Breaker {
@@ -163,22 +188,32 @@ pub struct Options {
     pub bridge: Vec<String>,
     /// VM ports, by name or glob; may be repeated. A whole name makes any link a VM's port
     /// [default: taps, veths and the like]
+    ///
+    /// At the others no lease is learned and no server believed, but a VM that moves there is seen.
     #[arg(long, value_name = "GLOB")]
     pub port: Vec<Glob>,
     /// Ports that lead to other hosts, besides physical links, bonds, VLANs and tunnels; may be
     /// repeated
+    ///
+    /// Stronger than `port`.
     #[arg(long, value_name = "GLOB")]
     pub uplink: Vec<Glob>,
     /// Where to attach to a port [default: tc]
+    ///
+    /// `tc` sees both directions. `xdp` sees only what comes in: use it with `commit = "request"`, or
+    /// where an uplink shows the answers.
     #[arg(long, value_name = "HOOK")]
     pub hook: Option<Hook>,
     /// What makes a binding: the server's ACK, or the VM's REQUEST alone [default: ack]
+    ///
+    /// With `request`, nothing is released for an address that was never seen alive at its own port.
     #[arg(long, value_name = "WHAT")]
     pub commit: Option<Commit>,
     /// Mount point of the BPF file system [default: /sys/fs/bpf]
     #[arg(long, value_name = "PATH")]
     pub bpffs: Option<PathBuf>,
-    /// Socket for list, explain, events and stats [default: /run/dhcp-reclaim/control.sock]
+    /// Socket that the other commands talk to, for root only
+    /// [default: /run/dhcp-reclaim/control.sock]
     #[arg(long, value_name = "PATH", env = "DHCP_RECLAIM_CONTROL")]
     pub control: Option<PathBuf>,
     /// Folder for what must outlive the agent: leases and the audit trail
@@ -190,33 +225,51 @@ pub struct Options {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(value_name = "BOOL", hide_possible_values = true)]
     pub detach_on_exit: Option<bool>,
-    /// Do everything except send a RELEASE, and say what would have been sent
+    /// Do everything except send a RELEASE, and say what would have been sent [default: false]
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(value_name = "BOOL", hide_possible_values = true)]
     pub dry_run: Option<bool>,
 
+    /// What is done about system calls and paths that the agent does not need [default: enforce]
+    ///
+    /// `log` lets the kernel log such system calls instead of ending the agent, and leaves paths alone;
+    /// `off` keeps all privileges. See [security.md](security.md).
+    #[arg(long, value_name = "HOW")]
+    pub sandbox: Option<Sandbox>,
+
     /// Probe an address that has sent nothing for this long [default: 30s]
+    ///
+    /// Or for a part of it above half that differs by address and time, so that not all are asked at
+    /// once. Shorter finds the dead sooner and asks the quiet more often; the busy are never asked.
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub silence: Option<Span>,
     /// Between probe rounds on a port that is up [default: 10s]
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub probe_interval: Option<Span>,
     /// Unanswered rounds until an address counts as silent [default: 3]
+    ///
+    /// On both roads: with its port lost, and with its port up.
     #[arg(long, value_name = "COUNT", help_heading = "When a VM is dead")]
     pub misses: Option<u32>,
     /// Port lost, no uplink on the bridge: silence until the VM is gone [default: 2s]
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub hold_down: Option<Span>,
     /// The same where the bridge has an uplink, so that the VM may be moving [default: 10s]
+    ///
+    /// It must be longer than a live migration needs to show up at its target.
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub hold_down_uplink: Option<Span>,
     /// Port up but silent: a paused or rebooting VM looks like this [default: 5m]
+    ///
+    /// It must be longer than pauses, reboots and crash dumps take.
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub hold_down_silent: Option<Span>,
     /// Whether a silent address is released while its port is up [default: release]
+    ///
+    /// `never` leaves it alone for as long as its port is up.
     #[arg(long, value_name = "WHAT", help_heading = "When a VM is dead")]
     pub port_up: Option<PortUp>,
-    /// Release nothing for this long after the start [default: 3s]
+    /// Release nothing for this long after the start, or after an uplink came or went [default: 3s]
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub settle: Option<Span>,
     /// Leave a lease alone that ends within this [default: 10s]
@@ -224,6 +277,9 @@ pub struct Options {
     pub min_remaining: Option<Span>,
 
     /// Stop if more than this part of all bindings dies in one window; or `off` [default: 0.5]
+    ///
+    /// If more die, the agent is more likely blind than they are dead: it stops releasing until enough
+    /// come back, or `dhcp-reclaim resume` is said. `off` is for nodes that are emptied on purpose.
     #[arg(long, value_name = "FRACTION", help_heading = "Limits")]
     pub breaker: Option<Breaker>,
     /// Deaths in one window that never open the breaker [default: 32]
@@ -232,13 +288,20 @@ pub struct Options {
     /// The breaker's window [default: 1m]
     #[arg(long, value_name = "SPAN", help_heading = "Limits")]
     pub breaker_window: Option<Span>,
-    /// RELEASEs a second to one server [default: 50]
+    /// RELEASEs a second to a server that does not show how far it has read [default: 50]
+    ///
+    /// One that answers DHCPINFORMs from the bridge's own address, or is this host, shows it, and is sent
+    /// as many as it has read.
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     pub rate: Option<u32>,
-    /// RELEASEs at once to one server [default: 32]
+    /// RELEASEs on their way to one server [default: 32]
+    ///
+    /// Servers lose what they have no room for, in silence: dnsmasq has room for 166, from all nodes.
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     pub burst: Option<u32>,
     /// DHCP messages a second that one port may have recorded [default: 15]
+    ///
+    /// What is beyond is counted, and makes the port's bindings uncertain until they are seen again.
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     pub record_rate: Option<u16>,
     /// DHCP messages at once that one port may have recorded [default: 60]
@@ -251,10 +314,18 @@ pub struct Options {
     /// address [default: auto]
     #[arg(long, value_name = "WHETHER")]
     pub leasequery: Option<LeaseQuery>,
+    /// Lease file of VMs that run already: PATH,server=IP and what else it takes of bridge=NAME,
+    /// vlan=N, server-mac=MAC, format=F (see `dhcp-reclaim import`); may be repeated
+    #[arg(long, value_name = "SPEC")]
+    pub import: Vec<ImportSpec>,
+    /// Serve metrics for Prometheus there, by HTTP and to whoever can connect, as in
+    /// 127.0.0.1:9798 [default: not served]
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<SocketAddr>,
 }
 
 /// All keys of a file, as in [`Options`].
-const KEYS: [&str; 28] = [
+const KEYS: [&str; 31] = [
     "bridge",
     "port",
     "uplink",
@@ -265,6 +336,7 @@ const KEYS: [&str; 28] = [
     "state",
     "detach-on-exit",
     "dry-run",
+    "sandbox",
     "silence",
     "probe-interval",
     "misses",
@@ -283,6 +355,8 @@ const KEYS: [&str; 28] = [
     "record-burst",
     "bindings-per-port",
     "leasequery",
+    "import",
+    "metrics",
 ];
 
 /// The settings cannot be used; says where, what and how to mend it.
@@ -297,12 +371,22 @@ pub enum ConfigError {
         column: usize,
         message: String,
     },
+    #[error(transparent)]
+    Import(#[from] ImportError),
     #[error("{place}: {problem}; {mend}")]
     Value {
         place: Place,
         problem: String,
         mend: &'static str,
     },
+}
+
+/// A lease file does not say it all.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {source}", path.display())]
+pub struct ImportError {
+    pub path: PathBuf,
+    pub source: PlaceError,
 }
 
 /// Where a value came from.
@@ -335,7 +419,12 @@ impl Settings {
             path: path.to_owned(),
             source,
         })?;
-        Self::resolve(flags, Some(&File::parse(path, &text)?))
+        Self::parse(flags, path, &text)
+    }
+
+    /// The same with the file's text; `path` is for errors.
+    pub fn parse(flags: Options, path: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::resolve(flags, Some(&File::parse(path, text)?))
     }
 
     pub fn port_rules(&self) -> PortRules {
@@ -420,6 +509,7 @@ impl Settings {
             state: pick!(state),
             detach_on_exit: pick!(detach_on_exit),
             dry_run: pick!(dry_run),
+            sandbox: pick!(sandbox),
             silence: span!(silence),
             probe_interval: span!(probe_interval),
             misses: pick!(misses),
@@ -438,6 +528,8 @@ impl Settings {
             record_burst: pick!(record_burst),
             bindings_per_port: pick!(bindings_per_port),
             leasequery: pick!(leasequery),
+            imports: list(flags.import, below.import),
+            metrics: flags.metrics.or(below.metrics),
         };
         let Some((key, problem, mend)) = settings.problem() else {
             return Ok(settings);
@@ -786,6 +878,7 @@ mod tests {
             state = "/tmp/state"
             detach-on-exit = true
             dry-run = true
+            sandbox = "log"
             silence = "20s"
             probe-interval = "500ms"
             misses = 4
@@ -804,6 +897,8 @@ mod tests {
             record-burst = 10
             bindings-per-port = 11
             leasequery = "off"
+            import = ["/l,server=10.0.0.1"]
+            metrics = "127.0.0.1:9798"
         "#;
         let settings = load(text, Options::default()).unwrap();
         let expected = Settings {
@@ -817,6 +912,7 @@ mod tests {
             state: "/tmp/state".into(),
             detach_on_exit: true,
             dry_run: true,
+            sandbox: Sandbox::Log,
             silence: Duration::from_secs(20),
             probe_interval: Duration::from_millis(500),
             misses: 4,
@@ -835,6 +931,8 @@ mod tests {
             record_burst: 10,
             bindings_per_port: 11,
             leasequery: LeaseQuery::Off,
+            imports: vec!["/l,server=10.0.0.1".parse().unwrap()],
+            metrics: Some(([127, 0, 0, 1], 9798).into()),
         };
         assert_eq!(settings, expected);
         for key in KEYS {

@@ -2,7 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::core::{IfIndex, Key, MacAddr, SegmentId};
+use dhcp_reclaim_ebpf::abi::WatchKey;
+
+use crate::{
+    core::{IfIndex, Key, MacAddr, SegmentId},
+    kernel::{watch_ip, watch_mac},
+};
 
 /// Who needs the exact tier, and where.
 #[derive(Debug, Default)]
@@ -64,6 +69,15 @@ impl Armed {
             self.macs.remove(&id);
         }
         (old, free)
+    }
+
+    /// Every address that is armed.
+    pub(super) fn watches(&self) -> BTreeSet<WatchKey> {
+        let ips = self.bindings.keys();
+        let ips = ips.map(|key| watch_ip(key.segment, key.vlan, key.ip));
+        let macs = self.macs.keys();
+        ips.chain(macs.map(|(segment, vlan, mac)| watch_mac(*segment, *vlan, *mac)))
+            .collect()
     }
 
     pub(super) fn wants(&self, port: IfIndex, segment: SegmentId) -> bool {

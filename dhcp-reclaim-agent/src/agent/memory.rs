@@ -2,18 +2,27 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use jiff::Timestamp;
-use tracing::{error, info};
+use dhcp_reclaim_ebpf::abi::{
+    EmitOrder, PortSlot, VERDICT_SENT, VERDICT_UNWATCHED, VERDICT_VETOED, WatchKey,
+};
+use tracing::{error, info, warn};
 
-use super::{Agent, chain, draw_xid, view};
+use super::{
+    Agent, chain, draw_xid,
+    view::{self, Clocks},
+};
 use crate::{
     clock,
+    control::{PauseView, client_id_text},
     core::{
-        Event, IfIndex, Key, Port, PortLoss, Release, ReleaseOutcome, TransactionId, binding::Check,
+        AlarmId, Event, IfIndex, Key, Port, PortLoss, Release, ReleaseOutcome, Role, Saved, Time,
+        TransactionId,
+        binding::{Check, Doubt},
     },
+    kernel::{Kernel, KernelError, role_of},
     store::{
-        self, AuditEntry, AuditGate, AuditOutcome, Batch, BindingRow, Moment, PortRow, Store,
-        TransactionRow,
+        self, AlarmRow, AuditEntry, AuditGate, AuditLine, AuditOutcome, Batch, BindingRow, Moment,
+        OperatorEntry, PortRow, Store, Trail, TransactionRow,
     },
 };
 
@@ -24,11 +33,43 @@ pub(super) struct Memory {
     bindings: BTreeSet<Key>,
     transactions: BTreeSet<TransactionId>,
     ports: BTreeSet<IfIndex>,
+    alarms: BTreeSet<AlarmId>,
+    /// Intents that are new, or whose outcome is.
     audit: Vec<AuditEntry>,
+    /// Lines that the trail does not have yet.
+    lines: Vec<AuditLine>,
+    trail: Trail,
     intents: Vec<Intent>,
+    /// Orders whose outcome the next commit makes known: until then they are the only memory of it.
+    settled: Vec<u32>,
     /// Ports of an earlier agent of this boot.
     known_ports: BTreeMap<IfIndex, (String, u32)>,
+    /// Ports that were gone at this time, and count as there for what was heard before.
+    gone: (Time, Vec<IfIndex>),
+    /// The end of a port is not written down yet.
+    ended_port: bool,
     failing: bool,
+    /// A person holds all releases; and whether the store knows that yet.
+    pub(super) pause: Option<PauseView>,
+    pause_changed: bool,
+}
+
+/// What an earlier agent left in the kernel's maps.
+pub(super) struct Left {
+    slots: Vec<PortSlot>,
+    orders: BTreeMap<u32, EmitOrder>,
+    watches: Vec<WatchKey>,
+}
+
+impl Left {
+    /// To be taken before any port is watched.
+    pub(super) fn of(kernel: &Kernel) -> Result<Self, KernelError> {
+        Ok(Self {
+            slots: kernel.slots(),
+            orders: kernel.orders()?,
+            watches: kernel.armed()?,
+        })
+    }
 }
 
 /// A RELEASE that is decided: it may leave once the store knows of it.
@@ -40,17 +81,25 @@ pub(super) struct Intent {
 }
 
 impl Memory {
-    pub(super) fn new(store: Store, boot: String) -> Self {
+    pub(super) fn new(store: Store, trail: Trail, boot: String) -> Self {
         Self {
             store,
+            trail,
+            lines: Vec::new(),
             boot,
             bindings: BTreeSet::new(),
             transactions: BTreeSet::new(),
             ports: BTreeSet::new(),
+            alarms: BTreeSet::new(),
             audit: Vec::new(),
             intents: Vec::new(),
+            settled: Vec::new(),
             known_ports: BTreeMap::new(),
+            gone: (Time::from_nanos(0), Vec::new()),
+            ended_port: false,
             failing: false,
+            pause: None,
+            pause_changed: false,
         }
     }
 
@@ -62,8 +111,20 @@ impl Memory {
         self.transactions.insert(id);
     }
 
+    pub(super) fn alarm(&mut self, id: AlarmId) {
+        self.alarms.insert(id);
+    }
+
     pub(super) fn port(&mut self, ifindex: IfIndex) {
         self.ports.insert(ifindex);
+    }
+
+    pub(super) fn port_ended(&mut self) {
+        self.ended_port = true;
+    }
+
+    pub(super) fn has_ended_port(&self) -> bool {
+        self.ended_port
     }
 
     pub(super) fn knew_port(&mut self, row: &PortRow) {
@@ -81,22 +142,39 @@ impl Memory {
             .map_or(0, |(_, lost)| lost)
     }
 
+    /// How many RELEASEs are to be sent in this turn so far.
+    pub(super) fn intended(&self) -> usize {
+        self.intents.len()
+    }
+
+    /// Returns what held before.
+    pub(super) fn set_pause(&mut self, pause: Option<PauseView>) -> Option<PauseView> {
+        self.pause_changed |= pause != self.pause;
+        std::mem::replace(&mut self.pause, pause)
+    }
+
+    pub(super) fn operator_entry(&mut self, entry: OperatorEntry) {
+        self.audit(AuditLine::Operator(entry));
+    }
+
     pub(super) fn take_intents(&mut self) -> Vec<Intent> {
         std::mem::take(&mut self.intents)
     }
 
     /// What became of an intent; written with the next commit.
-    pub(super) fn settle(&mut self, intent: Intent, outcome: ReleaseOutcome) {
-        let outcome = match outcome {
-            ReleaseOutcome::Sent => AuditOutcome::Sent,
-            ReleaseOutcome::Vetoed => AuditOutcome::Vetoed,
-            ReleaseOutcome::Failed => AuditOutcome::Failed,
-            ReleaseOutcome::DryRun => AuditOutcome::DryRun,
-        };
-        self.audit.push(AuditEntry {
-            outcome,
-            ..intent.audit
-        });
+    fn settle(&mut self, entry: AuditEntry) {
+        self.lines.push(AuditLine::Release(entry.clone()));
+        self.audit.push(entry);
+    }
+
+    /// A line of the audit trail; written with the next commit.
+    pub(super) fn audit(&mut self, line: AuditLine) {
+        self.lines.push(line);
+    }
+
+    /// Lines of the audit trail that could not be written.
+    pub(super) fn audit_lost(&self) -> u64 {
+        self.trail.lost()
     }
 
     fn now(&self) -> Moment {
@@ -111,7 +189,11 @@ impl Memory {
         self.bindings.is_empty()
             && self.transactions.is_empty()
             && self.ports.is_empty()
+            && self.alarms.is_empty()
             && self.audit.is_empty()
+            && self.lines.is_empty()
+            && self.settled.is_empty()
+            && !self.pause_changed
     }
 }
 
@@ -120,6 +202,7 @@ impl Agent {
     /// it could not be written.
     pub(super) fn commit(&mut self) -> bool {
         let written = self.memory.is_clean() || self.write();
+        self.memory.ended_port = false;
         // Also if it could not be written: this agent knows what they said, and a ring that runs
         // full would lose more.
         self.ring.consume();
@@ -127,6 +210,10 @@ impl Agent {
     }
 
     fn write(&mut self) -> bool {
+        // Before the store forgets the intents: a crash between the two makes a line come twice, with
+        // the same number, and none is missing.
+        let lines = std::mem::take(&mut self.memory.lines);
+        self.memory.trail.append(&lines);
         let now = self.memory.now();
         let mut batch = Batch::default();
         for key in &self.memory.bindings {
@@ -153,8 +240,21 @@ impl Agent {
             });
             batch.port(PortRow::key(*ifindex), row.as_ref());
         }
+        for id in &self.memory.alarms {
+            let Some(bridge) = self.segments.name(id.segment) else {
+                continue;
+            };
+            let row = self
+                .engine
+                .saved_alarm(*id)
+                .map(|saved| AlarmRow::new(bridge, saved, &now));
+            batch.alarm(AlarmRow::key(bridge, *id), row.as_ref());
+        }
         for entry in &self.memory.audit {
-            batch.audit(entry);
+            batch.intent(entry);
+        }
+        if self.memory.pause_changed {
+            batch.pause(self.memory.pause.as_ref());
         }
         match self.memory.store.commit(&batch) {
             Ok(()) => {
@@ -162,7 +262,14 @@ impl Agent {
                 self.memory.bindings.clear();
                 self.memory.transactions.clear();
                 self.memory.ports.clear();
+                self.memory.alarms.clear();
                 self.memory.audit.clear();
+                self.memory.pause_changed = false;
+                for xid in std::mem::take(&mut self.memory.settled) {
+                    if let Err(error) = self.kernel.forget_order(xid) {
+                        warn!(error = %chain(&error), "cannot take back an order");
+                    }
+                }
                 if std::mem::take(&mut self.memory.failing) {
                     info!("the state file can be written again");
                 }
@@ -190,44 +297,52 @@ impl Agent {
             return;
         };
         let now = self.memory.now();
-        let probes = self
-            .engine
-            .bindings_of(key.ip)
-            .find(|binding| binding.key == key)
-            .map_or(0, |binding| match binding.check {
-                Check::Watching(watching) => watching.probes,
-                Check::Idle | Check::Glancing => 0,
-            });
-        let port = self
-            .engine
-            .saved(key)
-            .map(|saved| saved.port_name)
-            .unwrap_or_default();
-        let findings = self.engine.explain(key, now.monotonic).unwrap_or_default();
-        let gates = findings.iter().map(|finding| AuditGate {
+        let gates = self.engine.grounds(key).iter().map(|finding| AuditGate {
             gate: finding.gate.name().to_owned(),
             verdict: view::verdict(finding.verdict).to_owned(),
             reason: finding.reason.clone(),
         });
-        let silent_for = now.monotonic.since(release.silent_since);
+        let binding = self
+            .engine
+            .bindings_of(key.ip)
+            .find(|binding| binding.key == key);
+        let probes = binding.map_or(0, |binding| match binding.check {
+            Check::Watching(watching) => watching.probes,
+            Check::Idle | Check::Glancing => 0,
+        });
+        let port = self.engine.saved(key).map(|saved| saved.port_name);
+        let clocks = Clocks::now();
         let audit = AuditEntry {
-            number: self.memory.store.next_audit(),
+            number: self.memory.store.next_intent(),
             ts: now.wall,
             ip: key.ip,
             mac: release.chaddr,
+            client_id: release.client_id.as_deref().map(client_id_text),
             segment: self.segments.name(key.segment).unwrap_or("?").to_owned(),
             vlan: key.vlan,
-            port,
+            port: port.unwrap_or_default(),
             server: release.server,
             server_mac: release.server_mac,
-            silent_since: now
-                .wall
-                .saturating_sub(silent_for)
-                .unwrap_or(Timestamp::MIN),
-            silent_for,
+            acked: binding.is_some_and(|binding| binding.acked),
+            seen_alive: binding.is_some_and(|binding| binding.seen_alive),
+            lease_expires_at: binding
+                .and_then(|binding| binding.expires)
+                .map(|at| clocks.wall(at)),
+            port_lost: binding
+                .and_then(|binding| binding.lost())
+                .map(|(_, loss)| loss),
+            silent_since: clocks.wall(release.silent_since),
+            silent_for_ms: now
+                .monotonic
+                .since(release.silent_since)
+                .as_millis()
+                .try_into()
+                .unwrap_or(u64::MAX),
             probes,
             gates: gates.collect(),
             xid,
+            verdict: None,
+            order: self.engine.ordered_by(key).map(ToString::to_string),
             outcome: AuditOutcome::Intended,
         };
         self.memory.audit.push(audit.clone());
@@ -239,41 +354,63 @@ impl Agent {
         });
     }
 
+    /// What became of an intent is known.
+    pub(super) fn settle(&mut self, intent: Intent, outcome: ReleaseOutcome) {
+        let key = intent.key;
+        let now = clock::monotonic();
+        let first = self
+            .engine
+            .bindings_of(key.ip)
+            .find(|binding| binding.key == key && binding.vigil.is_none());
+        if let Some(silent_at) = first.and_then(|binding| binding.silent_at)
+            && outcome == ReleaseOutcome::Sent
+        {
+            self.reclaims.took(now.since(silent_at));
+        }
+        self.memory.settled.push(intent.xid);
+        self.memory.settle(AuditEntry {
+            verdict: self.kernel.verdict(intent.xid).ok().map(verdict_name),
+            outcome: outcome_of(outcome),
+            ..intent.audit
+        });
+        self.engine
+            .handle(Event::Released { key, outcome }, clock::monotonic());
+    }
+
     /// Takes over what an earlier agent knew, and what came by while there was none. The ports that
-    /// are there have been told.
-    pub(super) async fn remember(&mut self, remembered: store::Memory) {
+    /// were there at `listed_at` have been told.
+    pub(super) async fn remember(
+        &mut self,
+        remembered: store::Memory,
+        left: Left,
+        listed_at: Time,
+    ) {
         let now = self.memory.now();
         // Of a port that is gone there may be records in the ring: it counts as there until those
         // have been read.
-        let mut gone = Vec::new();
-        for row in remembered.ports {
-            let segment = self.segments.id(&row.bridge);
-            let (Some(segment), true) = (segment, row.is_of_this_boot(&now)) else {
-                self.memory.port(row.ifindex);
-                continue;
-            };
-            if self.watched.contains_key(&row.ifindex) {
-                continue;
-            }
-            gone.push(row.ifindex);
-            let port = Port {
-                ifindex: row.ifindex,
-                name: row.name,
-                segment,
-                role: row.role,
-            };
-            self.engine.handle(Event::PortUp(port), now.monotonic);
+        let gone = self.gone_ports(remembered.ports, &left.slots, &now);
+        for port in gone.values() {
+            let event = Event::PortUp(port.clone());
+            self.engine.handle(event, now.monotonic);
         }
+        self.memory.gone = (listed_at, gone.keys().copied().collect());
         let transactions = remembered.transactions.into_iter();
         let transactions = transactions.map(|row| row.saved(&now)).collect();
         self.engine
             .restore_transactions(transactions, now.monotonic);
         // What belongs to a bridge that is not followed any more stays in the store as it is.
         let bindings = remembered.bindings.into_iter();
-        let bindings: Vec<_> = bindings
+        let mut bindings: Vec<_> = bindings
             .filter_map(|row| {
                 let segment = self.segments.id(&row.bridge)?;
-                Some(row.saved(segment, &now))
+                let mut saved = row.saved(segment, &now);
+                if saved.key.vlan != 0 && !self.filters_vlans(segment) {
+                    // The bridge may have filtered VLANs then, and the VM's frames have no tag now:
+                    // uncertain until it is seen with it.
+                    let doubt = Doubt::RecordsLost(now.monotonic);
+                    saved.doubt.get_or_insert(doubt);
+                }
+                Some(saved)
             })
             .collect();
         if !bindings.is_empty() {
@@ -282,21 +419,151 @@ impl Agent {
                 "took over what an earlier agent knew"
             );
         }
+        for intent in remembered.intents {
+            self.settle_left(intent, &left.orders, &mut bindings, now.monotonic);
+        }
+        self.memory.settled.extend(left.orders.keys());
+        let alarms = remembered.alarms.into_iter().filter_map(|row| {
+            let segment = self.segments.id(&row.bridge)?;
+            Some(row.saved(segment, &now))
+        });
+        self.engine.restore_alarms(alarms.collect());
         self.engine.restore(bindings, now.monotonic);
         self.carry_out().await;
+        // What was seen meanwhile of what is still watched has been kept.
+        let wanted = self.armed.watches();
+        for watch in left.watches {
+            if !wanted.contains(&watch)
+                && let Err(error) = self.kernel.disarm(&watch)
+            {
+                warn!(error = %chain(&error), "cannot stop watching an address");
+            }
+        }
+        self.remembering = false;
         let ports: Vec<IfIndex> = self.watched.keys().copied().collect();
         for port in ports {
+            self.apply_exact(port);
             self.check_lost(port).await;
         }
-        self.drain().await;
-        for port in gone {
-            self.tell(Event::PortDown {
-                port,
-                loss: PortLoss::Deleted,
-            })
-            .await;
-            self.memory.port(port);
+        for slot in left.slots.iter().filter(|s| gone.contains_key(&s.ifindex)) {
+            let port = slot.ifindex;
+            let known = self.memory.port_lost(port, &gone[&port].name);
+            let count = slot.lost.wrapping_sub(known);
+            if count != 0 {
+                self.tell(Event::RecordsLost { port, count }).await;
+            }
         }
+        self.drain().await;
+        self.bury().await;
         self.commit();
+    }
+
+    /// Ports that an earlier agent watched and that are not there: those that it wrote down, and those
+    /// that it ended too early to write down.
+    fn gone_ports(
+        &mut self,
+        rows: Vec<PortRow>,
+        slots: &[PortSlot],
+        now: &Moment,
+    ) -> BTreeMap<IfIndex, Port> {
+        let mut gone = BTreeMap::new();
+        for slot in slots {
+            let port = Port {
+                ifindex: slot.ifindex,
+                name: format!("if{}", slot.ifindex),
+                segment: slot.segment,
+                role: role_of(slot.role).unwrap_or(Role::Vm),
+            };
+            if self.segments.name(port.segment).is_some() {
+                gone.insert(port.ifindex, port);
+            }
+        }
+        for row in rows {
+            let segment = self.segments.id(&row.bridge);
+            let (Some(segment), true) = (segment, row.is_of_this_boot(now)) else {
+                self.memory.port(row.ifindex);
+                continue;
+            };
+            let port = Port {
+                ifindex: row.ifindex,
+                name: row.name,
+                segment,
+                role: row.role,
+            };
+            gone.insert(port.ifindex, port);
+        }
+        gone.retain(|ifindex, _| !self.watched.contains_key(ifindex));
+        gone
+    }
+
+    /// Whether this was heard when the ports that are gone were gone already.
+    pub(super) fn outlived_ports(&self, at: Time) -> bool {
+        let (listed_at, gone) = &self.memory.gone;
+        !gone.is_empty() && at > *listed_at
+    }
+
+    /// All that the ports that are gone had to say has been heard.
+    pub(super) async fn bury(&mut self) {
+        let (_, gone) = &mut self.memory.gone;
+        for port in std::mem::take(gone) {
+            self.memory.port(port);
+            let loss = PortLoss::Unseen;
+            Box::pin(self.tell(Event::PortDown { port, loss })).await;
+        }
+    }
+
+    /// An intent of an earlier agent that ended before it wrote down what became of it: the kernel
+    /// half has the order, and in it what it did with the frame. An order is there before its intent is
+    /// written down, and until its outcome is; nothing of an agent that has ended is still on its way.
+    fn settle_left(
+        &mut self,
+        intent: AuditEntry,
+        orders: &BTreeMap<u32, EmitOrder>,
+        bindings: &mut [Saved],
+        now: Time,
+    ) {
+        let mut audit = AuditOutcome::Unknown;
+        if let Some(order) = orders.get(&intent.xid) {
+            let outcome = match order.verdict {
+                VERDICT_SENT => ReleaseOutcome::Sent,
+                VERDICT_VETOED => ReleaseOutcome::Vetoed,
+                _ => ReleaseOutcome::Failed,
+            };
+            audit = outcome_of(outcome);
+            let segment = self.segments.id(&intent.segment);
+            let same = |saved: &&mut Saved| {
+                let key = saved.key;
+                Some(key.segment) == segment && (key.vlan, key.ip) == (intent.vlan, intent.ip)
+            };
+            if let Some(saved) = bindings.iter_mut().find(same) {
+                saved.settle(outcome, Time::from_nanos(order.silent_since_ns), now);
+            }
+        }
+        info!(ip = %intent.ip, outcome = ?audit, "an earlier agent ended while it was releasing");
+        let order = orders.get(&intent.xid);
+        self.memory.settle(AuditEntry {
+            verdict: order.map(|order| verdict_name(order.verdict)),
+            outcome: audit,
+            ..intent
+        });
+    }
+}
+
+fn verdict_name(verdict: u8) -> String {
+    match verdict {
+        VERDICT_SENT => "sent",
+        VERDICT_VETOED => "vetoed",
+        VERDICT_UNWATCHED => "unwatched",
+        _ => "none",
+    }
+    .to_owned()
+}
+
+fn outcome_of(outcome: ReleaseOutcome) -> AuditOutcome {
+    match outcome {
+        ReleaseOutcome::Sent => AuditOutcome::Sent,
+        ReleaseOutcome::Vetoed => AuditOutcome::Vetoed,
+        ReleaseOutcome::Failed => AuditOutcome::Failed,
+        ReleaseOutcome::DryRun => AuditOutcome::DryRun,
     }
 }

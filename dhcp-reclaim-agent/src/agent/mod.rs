@@ -1,11 +1,18 @@
 //! The loop: it owns the core, tells it what happened, and carries out what it wants.
 
+mod addresses;
 mod armed;
 mod epochs;
+mod figures;
+mod imports;
 mod memory;
+mod operator;
 mod query;
+mod reload;
 mod segments;
+mod soundings;
 mod view;
+mod vlans;
 
 use std::{
     collections::BTreeMap, net::Ipv4Addr, sync::Arc, sync::atomic::Ordering, time::Duration,
@@ -20,21 +27,25 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    time::{MissedTickBehavior, interval, sleep},
+    time::{Interval, MissedTickBehavior, interval, sleep},
 };
 use tracing::{debug, error, info, trace, warn};
 
 use self::{
+    addresses::Addresses,
     armed::{Armed, Scope},
     epochs::Epochs,
-    memory::Memory,
+    memory::{Left, Memory},
+    operator::Questions,
     query::Queries,
     segments::Segments,
+    soundings::Soundings,
     view::Clocks,
+    vlans::PortVlans,
 };
 use crate::{
     clock,
-    config::{self, Settings},
+    config::{self, Settings, Source},
     control::{ControlRequest, ControlServer, ControlStats, EventLog, REQUEST_QUEUE, StatsView},
     core::{
         Action, Engine, Event, Evidence, IfIndex, Key, MacAddr, Notice, NoticeKind, Port, PortLoss,
@@ -43,9 +54,12 @@ use crate::{
     emit::{PacketSocket, PrivateLink},
     errors::chain,
     kernel::{self, AttachedHook, BATCH, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
+    metrics::{MetricsRequest, MetricsServer, Reclaims},
     packet::{arp, release::release_frame},
-    ports::{PortEvent, PortWatcher, local_addresses},
-    store::Store,
+    ports::{PortEvent, PortWatcher, VlanFiltering},
+    sandbox::{self, Strictness},
+    service::Service,
+    store::{AuditLine, Store, Trail},
 };
 
 /// The coarse tier's clock, at its slowest: how finely "heard lately" is known.
@@ -53,22 +67,26 @@ const EPOCH_MAX: Duration = Duration::from_secs(1);
 const EPOCH_MIN: Duration = Duration::from_millis(50);
 /// DHCP records a second, and at once, of an uplink: many hosts speak there.
 const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
+/// The loop turns once an epoch at least. Whoever did not run for longer has not listened meanwhile.
+const OVERSLEPT: Duration = Duration::from_secs(5);
 /// Batches that are read before something else gets its turn.
 const DRAIN: usize = 64;
 /// Option 56 of every RELEASE: who sent it, for the server's log.
 const MESSAGE: &str = concat!("dhcp-reclaim ", env!("CARGO_PKG_VERSION"));
 
 /// Runs the agent until SIGTERM or SIGINT.
-pub fn run(settings: Settings) -> anyhow::Result<()> {
+pub fn run(settings: Settings, source: Source) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?
-        .block_on(async { Agent::start(settings).await?.run().await })
+        .block_on(async { Agent::start(settings, source).await?.run().await })
 }
 
 struct Agent {
     settings: Settings,
+    source: Source,
+    service: Service,
     engine: Engine,
     kernel: Kernel,
     ring: RecordRing,
@@ -84,13 +102,24 @@ struct Agent {
     watched: BTreeMap<IfIndex, Watched>,
     /// Ports where no program could be attached: whatever lives there is not seen.
     blind: BTreeMap<IfIndex, Port>,
+    vlans: PortVlans,
     armed: Armed,
     epochs: Epochs,
     /// Somebody waits to hear the uplink: a new epoch tells old frames from new ones.
     epoch_wanted: bool,
+    /// What an earlier agent knew is still being taken over, and with it what is to be watched.
+    remembering: bool,
     queries: Queries,
+    soundings: Soundings,
+    addresses: Addresses,
+    questions: Questions,
     counters: Counters,
+    /// Closed, if nobody is to be told.
+    metrics: mpsc::Receiver<MetricsRequest>,
+    reclaims: Reclaims,
     started_at: jiff::Timestamp,
+    /// When the loop turned last, by the clock that goes on in a suspended host, and by ours.
+    turned_at: (Time, Time),
 }
 
 #[derive(Debug)]
@@ -110,12 +139,22 @@ struct Counters {
     arm_failures: u64,
     store_failures: u64,
     commits: u64,
+    import_failures: u64,
+    reloads: u64,
+    reloads_refused: u64,
 }
 
 impl Agent {
-    async fn start(settings: Settings) -> anyhow::Result<Self> {
+    async fn start(settings: Settings, source: Source) -> anyhow::Result<Self> {
         // First, since it is what tells two agents apart.
         let server = ControlServer::bind(&settings.control)?;
+        let metrics_server = match settings.metrics {
+            None => None,
+            Some(address) => {
+                let bound = MetricsServer::bind(address).await;
+                Some(bound.with_context(|| format!("cannot serve metrics at {address}"))?)
+            }
+        };
         let boot = clock::boot_id().context("cannot read the boot's id")?;
         let (store, remembered) = Store::open(&settings.state, clock::wall())?;
         let kernel_debug = tracing::enabled!(tracing::Level::DEBUG);
@@ -128,10 +167,7 @@ impl Agent {
             debug: kernel_debug,
             ..LoadOptions::default()
         })?;
-        kernel.clear_orders()?;
-        for key in kernel.armed()? {
-            kernel.disarm(&key)?;
-        }
+        let left = Left::of(&kernel)?;
         let ring = kernel.ring()?;
         if kernel_debug {
             follow_kernel_log(&mut kernel)?;
@@ -142,9 +178,14 @@ impl Agent {
         let link = PrivateLink::create(&handle).await?;
         kernel.attach_emit(link.ifindex())?;
         let socket = PacketSocket::open()?;
-        let (present, ports) = PortWatcher::start(settings.port_rules()).await?;
+        let (mut present, ports) = PortWatcher::start(settings.port_rules()).await?;
+        let listed_at = clock::monotonic();
         let (sender, requests) = mpsc::channel(REQUEST_QUEUE);
         let control = server.stats();
+        let (metrics_sender, metrics) = mpsc::channel(1);
+        if let Some(server) = metrics_server {
+            tokio::spawn(server.run(metrics_sender));
+        }
         tokio::spawn(server.run(sender));
         let now = clock::monotonic();
         let mut agent = Self {
@@ -153,8 +194,9 @@ impl Agent {
             ring,
             requests,
             control,
-            memory: Memory::new(store, boot),
+            memory: Memory::new(store, Trail::new(&settings.state), boot),
             started_at: clock::wall(),
+            turned_at: (clock::boottime(), now),
             ports,
             link,
             socket,
@@ -162,21 +204,38 @@ impl Agent {
             segments: Segments::new(&settings.bridges),
             watched: BTreeMap::new(),
             blind: BTreeMap::new(),
+            vlans: PortVlans::default(),
             armed: Armed::default(),
             epochs: Epochs::default(),
             epoch_wanted: false,
+            remembering: true,
             queries: Queries::default(),
+            soundings: Soundings::default(),
+            addresses: Addresses::default(),
+            questions: Questions::default(),
             counters: Counters::default(),
+            metrics,
+            reclaims: Reclaims::default(),
+            service: Service::from_env(),
+            source,
             settings,
         };
         agent.next_epoch();
+        agent.take_over_pause(remembered.pause.clone());
         for row in &remembered.ports {
             agent.memory.knew_port(row);
         }
+        // Who goes while we look has said something that nobody would understand yet.
+        let goes = |event: &PortEvent| matches!(event, PortEvent::PortDown { .. });
+        let later = present.split_off(present.iter().position(goes).unwrap_or(present.len()));
         for event in present {
             agent.port_event(event).await;
         }
-        agent.remember(remembered).await;
+        agent.remember(remembered, left, listed_at).await;
+        for event in later {
+            agent.port_event(event).await;
+        }
+        agent.import_files().await;
         let stale = agent.kernel.forget_unwatched()?;
         if !stale.is_empty() {
             info!(
@@ -190,19 +249,20 @@ impl Agent {
     async fn run(mut self) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-        // Well below `silence`, or a busy VM would seem silent between two epochs.
-        let epoch = (self.settings.silence / 4).clamp(EPOCH_MIN, EPOCH_MAX);
-        let mut tick = interval(epoch);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        eprintln!(
-            "dhcp-reclaim: ready on {} ({} ports), control socket {}",
-            self.settings.bridges.join(", "),
-            self.watched.len(),
-            self.settings.control.display()
+        let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
+        self.enter_sandbox()?;
+        let mut tick = self.ticks();
+        info!(
+            bridges = self.settings.bridges.join(","),
+            ports = self.watched.len(),
+            control = %self.settings.control.display(),
+            "ready"
         );
+        self.turned_at = (clock::boottime(), clock::monotonic());
         for bridge in self.segments.absent() {
             warn!(bridge, "not there yet: waiting for it");
         }
+        self.service.ready(&self.status());
         loop {
             if std::mem::take(&mut self.epoch_wanted) {
                 self.next_epoch();
@@ -216,6 +276,10 @@ impl Agent {
                 biased;
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
+                _ = hangup.recv() => {
+                    self.reload();
+                    tick = self.ticks();
+                }
                 event = self.ports.next() => self.port_events(event?).await?,
                 ready = self.ring.ready() => {
                     ready?;
@@ -224,21 +288,28 @@ impl Agent {
                     // loop shares its thread with the tasks that hear them.
                     tokio::task::yield_now().await;
                     if let Ok(request) = self.requests.try_recv() {
-                        self.answer(request);
+                        self.answer(request).await;
                     }
                 }
                 () = sleep(wait) => {
+                    self.turn().await;
                     self.drain().await;
                     self.engine.handle_timeout(clock::monotonic());
                     self.carry_out().await;
                 }
                 () = self.queries.readable() => self.read_answers().await,
-                Some(request) = self.requests.recv() => self.answer(request),
+                () = self.soundings.look() => self.look_at_sockets().await,
+                Some(request) = self.requests.recv() => self.answer(request).await,
+                Some(reply) = self.metrics.recv() => {
+                    let _gone = reply.send(self.snapshot());
+                }
                 _ = tick.tick() => self.tick().await,
             }
             self.commit();
+            self.service.alive(clock::monotonic());
         }
         info!("stopping");
+        self.service.stopping();
         self.commit();
         if self.settings.detach_on_exit {
             self.kernel.unpin_all()?;
@@ -254,7 +325,36 @@ impl Agent {
         Ok(())
     }
 
+    fn enter_sandbox(&self) -> anyhow::Result<()> {
+        let strictness = match self.settings.sandbox {
+            config::Sandbox::Enforce => Strictness::Enforce,
+            config::Sandbox::Log => Strictness::Log,
+            config::Sandbox::Off => return Ok(()),
+        };
+        // Linked statically, the crate finds no getrandom(2) by dlsym. It then opens /dev/urandom, once
+        // and for good; later it could not.
+        getrandom::u32().context("the kernel gives no random numbers")?;
+        let paths = sandbox::Paths {
+            config: self.source.file.clone(),
+            state: vec![self.settings.state.clone()],
+            control: self.settings.control.clone(),
+            bpffs: self.settings.bpffs.clone(),
+            unpin: self.settings.detach_on_exit,
+        };
+        sandbox::enter(strictness, &paths)?;
+        Ok(())
+    }
+
+    fn ticks(&self) -> Interval {
+        // Well below `silence`, or a busy VM would seem silent between two epochs.
+        let epoch = (self.settings.silence / 4).clamp(EPOCH_MIN, EPOCH_MAX);
+        let mut ticks = interval(epoch);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks
+    }
+
     async fn tick(&mut self) {
+        self.turn().await;
         self.next_epoch();
         for port in std::mem::take(&mut self.blind).into_values() {
             self.watch(port).await;
@@ -264,6 +364,22 @@ impl Agent {
             self.check_lost(port).await;
         }
         self.expire_queries().await;
+    }
+
+    /// Before anything is concluded from what did or did not happen: was there a time in which
+    /// nobody looked?
+    pub(super) async fn turn(&mut self) {
+        let now = (clock::boottime(), clock::monotonic());
+        let before = std::mem::replace(&mut self.turned_at, now);
+        let slept = now.0.since(before.0);
+        if slept > OVERSLEPT {
+            warn!(
+                seconds = slept.as_secs(),
+                "did not run for a while: silence is counted anew"
+            );
+            let suspended = slept.saturating_sub(now.1.since(before.1));
+            self.tell(Event::Overslept { suspended }).await;
+        }
     }
 
     fn next_epoch(&mut self) {
@@ -281,6 +397,13 @@ impl Agent {
     }
 
     async fn record(&mut self, record: &Record) {
+        if self.outlived_ports(Time::from_nanos(record.seen_ns)) {
+            self.bury().await;
+        }
+        if let Some(answer) = self.soundings.answered(record) {
+            self.tell(answer).await;
+            return;
+        }
         match kernel::message(record) {
             Ok(message) => {
                 trace!(?message, "record");
@@ -319,6 +442,7 @@ impl Agent {
 
     /// All that are there, so that a host that starts many VMs waits for one commit, not for many.
     async fn port_events(&mut self, first: PortEvent) -> anyhow::Result<()> {
+        self.turn().await;
         self.port_event(first).await;
         for _ in 1..BATCH {
             let Some(event) = self.ports.next().now_or_never() else {
@@ -334,11 +458,18 @@ impl Agent {
             PortEvent::BridgeUp { ifindex, name, mac } => {
                 info!(bridge = name, ifindex, %mac, "bridge is there");
                 self.segments.up(ifindex, &name, mac);
+                // The one before it may have filtered VLANs.
+                self.bridge_vlans(ifindex, VlanFiltering::Off).await;
             }
             PortEvent::BridgeMac { ifindex, mac } => self.segments.set_mac(ifindex, mac),
+            PortEvent::BridgeVlans { ifindex, filtering } => {
+                self.bridge_vlans(ifindex, filtering).await;
+            }
+            PortEvent::Vlans { ifindex, vlans } => self.vlans_of(ifindex, vlans).await,
             PortEvent::BridgeDown { ifindex, name } => {
                 warn!(bridge = name, ifindex, "bridge is gone: waiting for it");
                 self.segments.down(ifindex);
+                self.vlans.forget(ifindex);
             }
             PortEvent::PortUp(port) => self.port_up(port).await,
             PortEvent::PortDown { ifindex, loss } => self.port_down(ifindex, loss).await,
@@ -355,6 +486,10 @@ impl Agent {
         let Some(segment) = self.segments.by_ifindex(port.segment) else {
             return;
         };
+        if self.memory.has_ended_port() {
+            // What the VM says by its next port must not seem to come from somebody else.
+            self.commit();
+        }
         self.watch(Port { segment, ..port }).await;
     }
 
@@ -389,7 +524,10 @@ impl Agent {
             },
         );
         self.memory.port(ifindex);
-        self.apply_exact(ifindex);
+        self.apply_pvid(ifindex);
+        if !self.remembering {
+            self.apply_exact(ifindex);
+        }
         self.tell(Event::PortUp(port)).await;
     }
 
@@ -399,10 +537,12 @@ impl Agent {
         self.check_lost(ifindex).await;
         match loss {
             PortLoss::CarrierLost | PortLoss::LinkDown => {}
-            PortLoss::Deleted | PortLoss::Detached => {
+            PortLoss::Deleted | PortLoss::Detached | PortLoss::Unseen => {
+                self.memory.port_ended();
                 self.kernel.unwatch(ifindex);
                 self.watched.remove(&ifindex);
                 self.blind.remove(&ifindex);
+                self.vlans.forget(ifindex);
                 self.memory.port(ifindex);
             }
         }
@@ -440,22 +580,30 @@ impl Agent {
         loop {
             self.carry_out_all().await;
             let intents = self.memory.take_intents();
-            if intents.is_empty() {
+            let mut soundings = self.soundings.take_pending();
+            if intents.is_empty() && soundings.is_empty() {
                 return;
             }
-            // Before the first of the frames, so that no crash makes one leave twice.
-            let committed = self.commit();
-            for intent in intents {
+            let mut ready = Vec::new();
+            for (at, intent) in intents.into_iter().enumerate() {
+                match self.order(&intent.release, intent.xid).await {
+                    Ok(frame) => ready.push((at, intent, frame)),
+                    Err(outcome) => self.settle(intent, outcome),
+                }
+            }
+            // The orders first, then the intents, then the frames: so no crash makes one leave twice,
+            // and whether it left is known.
+            let committed = ready.is_empty() || self.commit();
+            for (at, intent, frame) in ready {
+                self.sound_behind(&mut soundings, at).await;
                 let outcome = if committed {
-                    self.release(&intent.release, intent.xid).await
+                    self.send(intent.xid, &frame)
                 } else {
                     ReleaseOutcome::Failed
                 };
-                let key = intent.key;
-                self.memory.settle(intent, outcome);
-                self.engine
-                    .handle(Event::Released { key, outcome }, clock::monotonic());
+                self.settle(intent, outcome);
             }
+            self.sound_behind(&mut soundings, usize::MAX).await;
         }
     }
 
@@ -497,6 +645,11 @@ impl Agent {
                     self.intend(key, release);
                     continue;
                 }
+                Action::Sound(sounding) => {
+                    let behind = self.memory.intended();
+                    self.soundings.ask_behind(behind, sounding);
+                    continue;
+                }
                 Action::Query { key, query } => match self.query(key, query).await {
                     Some(answer) => answer,
                     None => continue,
@@ -507,6 +660,14 @@ impl Agent {
                 }
                 Action::SaveTransaction { id } => {
                     self.memory.transaction(id);
+                    continue;
+                }
+                Action::SaveAlarm { id } => {
+                    self.memory.alarm(id);
+                    continue;
+                }
+                Action::Answer { key, answer } => {
+                    self.answer_question(key, answer);
                     continue;
                 }
                 Action::Notify(notice) => {
@@ -634,7 +795,12 @@ impl Agent {
         let Some(bridge) = segment.and_then(|segment| self.segments.bridge(segment)) else {
             return false;
         };
-        let frame = arp::probe(bridge.mac, probe);
+        let Some(vlan) = port.map_or(Some(probe.vlan), |port| {
+            self.vlans.tag(bridge.ifindex, port, probe.vlan)
+        }) else {
+            return false;
+        };
+        let frame = arp::probe(bridge.mac, &Probe { vlan, ..*probe });
         match self.socket.send_on(port.unwrap_or(bridge.ifindex), &frame) {
             Ok(()) => true,
             Err(error) => {
@@ -665,32 +831,42 @@ impl Agent {
 
     fn record_limits(&self, role: Role) -> (u16, u16) {
         match role {
-            Role::Vm => (self.settings.record_rate, self.settings.record_burst),
+            Role::Vm | Role::Aside => (self.settings.record_rate, self.settings.record_burst),
             Role::Uplink => UPLINK_RECORDS,
         }
     }
 
-    async fn release(&mut self, release: &Release, xid: u32) -> ReleaseOutcome {
+    /// Has `emit` let the RELEASE pass once it comes, and returns its frame. An error is what became
+    /// of it, since it cannot leave.
+    async fn order(&mut self, release: &Release, xid: u32) -> Result<Vec<u8>, ReleaseOutcome> {
         if self.settings.dry_run {
-            return ReleaseOutcome::DryRun;
+            return Err(ReleaseOutcome::DryRun);
         }
         let Some(bridge) = self.segments.bridge(release.segment) else {
-            return ReleaseOutcome::Failed;
+            return Err(ReleaseOutcome::Failed);
         };
         let server_mac = match release.server_mac {
             Some(mac) if mac == bridge.mac => mac,
             // The bridge's MAC may have changed since the ACK: it takes that of a port.
-            _ if is_local(bridge.ifindex, release.server).await => bridge.mac,
+            _ if self.is_local(bridge.ifindex, release.server).await => bridge.mac,
             Some(mac) => mac,
             None => {
                 warn!(server = %release.server, "no frame of the server was seen: its MAC is not known");
-                return ReleaseOutcome::Failed;
+                return Err(ReleaseOutcome::Failed);
             }
         };
         let direction = if server_mac == bridge.mac {
             EMIT_INGRESS
         } else {
             EMIT_EGRESS
+        };
+        let vlan = match direction {
+            // The host's own stack gets what the bridge would have handed up to it.
+            EMIT_INGRESS => self
+                .vlans
+                .tag(bridge.ifindex, bridge.ifindex, release.vlan)
+                .unwrap_or(release.vlan),
+            _ => release.vlan,
         };
         let order = EmitOrder {
             silent_since_ns: release.silent_since.as_nanos(),
@@ -699,42 +875,59 @@ impl Agent {
             ifindex: bridge.ifindex,
             direction,
             verdict: VERDICT_NONE,
-            vlan: release.vlan.to_be_bytes(),
+            vlan: vlan.to_be_bytes(),
         };
-        match self.send(release, server_mac, xid, &order) {
-            Ok(VERDICT_SENT) => ReleaseOutcome::Sent,
-            Ok(VERDICT_VETOED) => ReleaseOutcome::Vetoed,
-            Ok(verdict) => {
-                warn!(ip = %release.ip, verdict, "RELEASE did not pass the emit program");
-                ReleaseOutcome::Failed
-            }
+        let frame = release_frame(release, server_mac, xid, MESSAGE);
+        let ordered = frame.map_err(anyhow::Error::from).and_then(|frame| {
+            self.kernel.order(xid, &order)?;
+            Ok(frame)
+        });
+        ordered.map_err(|error| {
+            warn!(xid, error = format!("{error:#}"), "RELEASE not sent");
+            ReleaseOutcome::Failed
+        })
+    }
+
+    async fn is_local(&mut self, bridge: IfIndex, ip: Ipv4Addr) -> bool {
+        match self.addresses.of(bridge).await {
+            Ok(networks) => networks.iter().any(|(own, _)| *own == ip),
             Err(error) => {
-                warn!(ip = %release.ip, error = format!("{error:#}"), "RELEASE not sent");
-                ReleaseOutcome::Failed
+                warn!(error = %chain(&error), "cannot read the bridge's addresses");
+                false
             }
         }
     }
 
-    fn send(
-        &mut self,
-        release: &Release,
-        server_mac: MacAddr,
-        xid: u32,
-        order: &EmitOrder,
-    ) -> anyhow::Result<u8> {
-        let frame = release_frame(release, server_mac, xid, MESSAGE)?;
-        self.kernel.order(xid, order)?;
+    /// Sends a RELEASE that was ordered.
+    fn send(&self, xid: u32, frame: &[u8]) -> ReleaseOutcome {
         // A vetoed frame is an error here too; the verdict tells which it was.
-        let sent = self.link.send_release(&frame);
-        let verdict = self.kernel.verdict(xid)?;
-        if verdict == VERDICT_NONE {
-            sent?;
+        let sent = self.link.send_release(frame);
+        match (self.kernel.verdict(xid), sent) {
+            (Ok(VERDICT_SENT), _) => ReleaseOutcome::Sent,
+            (Ok(VERDICT_VETOED), _) => ReleaseOutcome::Vetoed,
+            (Ok(VERDICT_NONE), Err(error)) => {
+                warn!(xid, error = %chain(&error), "RELEASE not sent");
+                ReleaseOutcome::Failed
+            }
+            (Ok(verdict), _) => {
+                warn!(xid, verdict, "RELEASE did not pass the emit program");
+                ReleaseOutcome::Failed
+            }
+            (Err(error), _) => {
+                warn!(xid, error = %chain(&error), "RELEASE not sent");
+                ReleaseOutcome::Failed
+            }
         }
-        Ok(verdict)
     }
 
     fn notify(&mut self, notice: Notice) {
         let event = view::event(&notice, Clocks::now());
+        if matches!(
+            event.event,
+            NoticeKind::Verified | NoticeKind::ReleasedAlive
+        ) {
+            self.memory.audit(AuditLine::Outcome(event.clone()));
+        }
         let Notice {
             event: kind,
             ip,
@@ -750,12 +943,22 @@ impl Agent {
         match kind {
             NoticeKind::Released => info!(ip, mac, port, reason, "released"),
             NoticeKind::WouldRelease => info!(ip, mac, port, reason, "would release"),
-            NoticeKind::Conflict
-            | NoticeKind::RogueServer
+            // Guests' addresses are for `events` and the audit; a conflict's reason has some.
+            NoticeKind::Conflict => {
+                warn!(event = ?kind, port);
+                debug!(event = ?kind, ip, mac, port, reason);
+            }
+            NoticeKind::RogueServer
             | NoticeKind::RecordsLost
             | NoticeKind::ReleaseFailed
             | NoticeKind::ReleasedAlive
-            | NoticeKind::Vetoed => warn!(event = ?kind, ip, mac, port, reason),
+            | NoticeKind::Paused
+            | NoticeKind::Resumed
+            | NoticeKind::Forced
+            | NoticeKind::Vetoed => {
+                warn!(event = ?kind, port, reason);
+                debug!(event = ?kind, ip, mac, port);
+            }
             NoticeKind::PortUp
             | NoticeKind::PortLost
             | NoticeKind::Requested
@@ -776,19 +979,25 @@ impl Agent {
     }
 
     /// A client that has gone meanwhile needs no answer.
-    fn answer(&self, request: ControlRequest) {
+    async fn answer(&mut self, request: ControlRequest) {
         match request {
             ControlRequest::List { reply } => {
                 let clocks = Clocks::now();
                 let views = self
                     .engine
                     .bindings()
+                    .chain(self.engine.imports())
                     .map(|b| view::binding(b, &self.segments, clocks));
                 let _gone = reply.send(views.collect());
             }
             ControlRequest::Explain { ip, reply } => {
                 let clocks = Clocks::now();
-                let views = self.engine.bindings_of(ip).filter_map(|binding| {
+                let hearsay = self.engine.imports().filter(|binding| {
+                    let unknown = self.engine.bindings_of(ip).all(|b| b.key != binding.key);
+                    binding.key.ip == ip && unknown
+                });
+                let bindings = self.engine.bindings_of(ip).chain(hearsay);
+                let views = bindings.filter_map(|binding| {
                     let findings = self.engine.explain(binding.key, clocks.monotonic)?;
                     let binding = view::binding(binding, &self.segments, clocks);
                     Some(view::explain(binding, &findings, self.log.history(ip)))
@@ -801,10 +1010,12 @@ impl Agent {
             ControlRequest::Stats { reply } => {
                 let _gone = reply.send(self.stats());
             }
+            ControlRequest::Order(ordered) => self.order_of(ordered).await,
         }
     }
 
     fn stats(&self) -> StatsView {
+        let clocks = Clocks::now();
         let mut counters = BTreeMap::new();
         match self.kernel.counters() {
             Ok(kernel) => counters.extend(
@@ -824,6 +1035,9 @@ impl Agent {
             arm_failures,
             store_failures,
             commits,
+            import_failures,
+            reloads,
+            reloads_refused,
         } = self.counters;
         let agent = [
             ("malformed_records", malformed_records),
@@ -833,7 +1047,12 @@ impl Agent {
             ("arm_failures", arm_failures),
             ("store_failures", store_failures),
             ("commits", commits),
+            ("import_failures", import_failures),
+            ("audit_lost", self.memory.audit_lost()),
+            ("reloads", reloads),
+            ("reloads_refused", reloads_refused),
             ("lease_answers_refused", self.queries.refused),
+            ("soundings_failed", self.soundings.failed),
             ("link_resyncs", self.ports.resyncs()),
             ("link_messages_malformed", self.ports.malformed()),
             (
@@ -857,6 +1076,8 @@ impl Agent {
             dry_run: self.settings.dry_run,
             bridges: self.settings.bridges.clone(),
             ports: self.watched.len() as u64,
+            paused: self.memory.pause.clone(),
+            breaker_open_since: self.engine.breaker_opened_at().map(|at| clocks.wall(at)),
             bindings,
             counters,
         }
@@ -890,16 +1111,6 @@ fn draw_xid() -> Option<u32> {
         Err(error) => {
             error!(%error, "the kernel gives no random numbers");
             None
-        }
-    }
-}
-
-async fn is_local(bridge: IfIndex, ip: Ipv4Addr) -> bool {
-    match local_addresses(bridge).await {
-        Ok(addresses) => addresses.contains(&ip),
-        Err(error) => {
-            warn!(error = %chain(&error), "cannot read the bridge's addresses");
-            false
         }
     }
 }

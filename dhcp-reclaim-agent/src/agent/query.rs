@@ -17,7 +17,6 @@ use crate::{
     clock,
     core::{Event, IfIndex, Key, Query, QueryAnswer, SegmentId, Time},
     packet::leasequery,
-    ports::local_addresses,
 };
 
 const PORT: u16 = 67;
@@ -82,12 +81,12 @@ impl Agent {
             return Err("too many are open".to_owned());
         }
         let bridge = self.segments.bridge(query.segment).ok_or("no bridge")?;
-        let addresses = local_addresses(bridge.ifindex).await;
-        let addresses = addresses.map_err(|error| chain(&error))?;
-        if addresses.contains(&query.server) {
+        let networks = self.addresses.of(bridge.ifindex).await;
+        let networks = networks.map_err(|error| chain(&error))?;
+        if networks.iter().any(|(own, _)| *own == query.server) {
             return Err("the server is this host".to_owned());
         }
-        let from = *addresses.first().ok_or("the bridge has no address")?;
+        let (from, _) = *networks.first().ok_or("the bridge has no address")?;
         let xid = draw_xid().ok_or("no random numbers")?;
         let payload = leasequery::query(query.ip, from, xid).ok_or("it cannot be encoded")?;
         let socket = match self.queries.sockets.entry(query.segment) {
@@ -110,6 +109,9 @@ impl Agent {
 
     /// Reads what has come, and hands on what answers a question.
     pub(super) async fn read_answers(&mut self) {
+        // An answer may order a repetition: by then all that is newer is to be known.
+        self.turn().await;
+        self.drain().await;
         let mut answers = Vec::new();
         let mut buffer = [0; 2048];
         let Queries {

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use crate::core::{IfIndex, MacAddr, SegmentId};
 
-/// Bridges by the number that the core knows them by.
+/// Bridges by the number that the core and the kernel's maps know them by. It is made of the name, so
+/// that what is pinned means the same to the next agent, whatever other bridges that one follows.
 #[derive(Debug)]
 pub(super) struct Segments {
-    names: Vec<String>,
+    names: Vec<(SegmentId, String)>,
     bridges: BTreeMap<SegmentId, Bridge>,
 }
 
@@ -19,27 +20,37 @@ pub(super) struct Bridge {
 
 impl Segments {
     pub(super) fn new(names: &[String]) -> Self {
-        Self {
-            names: names.to_vec(),
+        let mut segments = Self {
+            names: Vec::new(),
             bridges: BTreeMap::new(),
+        };
+        for name in names {
+            let mut id = number(name);
+            // Two names of one number are rarer than one in a billion, and still two bridges.
+            while segments.name(id).is_some_and(|other| other != name) {
+                id = id.checked_add(1).unwrap_or(1);
+            }
+            segments.names.push((id, name.clone()));
         }
+        segments
     }
 
     pub(super) fn id(&self, name: &str) -> Option<SegmentId> {
-        let index = self.names.iter().position(|known| known == name)?;
-        SegmentId::try_from(index + 1).ok()
+        let (id, _) = self.names.iter().find(|(_, known)| known == name)?;
+        Some(*id)
     }
 
     pub(super) fn name(&self, id: SegmentId) -> Option<&str> {
-        let index = usize::try_from(id).ok()?.checked_sub(1)?;
-        self.names.get(index).map(String::as_str)
+        let (_, name) = self.names.iter().find(|(known, _)| *known == id)?;
+        Some(name)
     }
 
     pub(super) fn absent(&self) -> impl Iterator<Item = &str> {
-        self.names.iter().map(String::as_str).filter(|name| {
-            self.id(name)
-                .is_none_or(|id| !self.bridges.contains_key(&id))
-        })
+        let absent = |(id, _): &&(SegmentId, String)| !self.bridges.contains_key(id);
+        self.names
+            .iter()
+            .filter(absent)
+            .map(|(_, name)| name.as_str())
     }
 
     pub(super) fn up(&mut self, ifindex: IfIndex, name: &str, mac: MacAddr) {
@@ -71,5 +82,37 @@ impl Segments {
 
     pub(super) fn bridge(&self, id: SegmentId) -> Option<Bridge> {
         self.bridges.get(&id).copied()
+    }
+}
+
+/// FNV-1a; never zero, which is no segment's.
+fn number(name: &str) -> SegmentId {
+    let hash = name.bytes().fold(0x811c_9dc5, |hash: u32, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    hash.max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bridge_has_its_number_whatever_the_others_are() {
+        let names = |names: &[&str]| {
+            names
+                .iter()
+                .map(|&name| name.to_owned())
+                .collect::<Vec<_>>()
+        };
+        let (one, two) = (
+            Segments::new(&names(&["br0"])),
+            Segments::new(&names(&["br1", "br0"])),
+        );
+        assert_eq!(one.id("br0"), two.id("br0"));
+        assert_ne!(two.id("br0"), two.id("br1"));
+        assert_eq!(two.id("br2"), None);
+        assert_eq!(two.name(two.id("br1").unwrap()), Some("br1"));
+        assert_eq!(number("a"), 0xe40c_292c, "as others compute it");
     }
 }

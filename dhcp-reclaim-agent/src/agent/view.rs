@@ -17,7 +17,7 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Clocks {
     pub(super) monotonic: Time,
-    wall: Timestamp,
+    pub(super) wall: Timestamp,
 }
 
 impl Clocks {
@@ -28,7 +28,13 @@ impl Clocks {
         }
     }
 
-    fn wall(self, at: Time) -> Timestamp {
+    /// The same moment by the monotonic clock; what has passed is now.
+    pub(super) fn monotonic_at(self, at: Timestamp) -> Time {
+        let ahead = at.duration_since(self.wall).max(SignedDuration::ZERO);
+        self.monotonic + ahead.unsigned_abs()
+    }
+
+    pub(super) fn wall(self, at: Time) -> Timestamp {
         let ahead =
             SignedDuration::try_from(at.since(self.monotonic)).unwrap_or(SignedDuration::MAX);
         let ago = SignedDuration::try_from(self.monotonic.since(at)).unwrap_or(SignedDuration::MAX);
@@ -63,6 +69,7 @@ pub(super) fn binding(binding: &Binding, segments: &Segments, clocks: Clocks) ->
         port: binding.port_name.clone(),
         state: binding.state,
         outcome: binding.outcome,
+        origin: binding.origin,
         lease_expires_at: binding.expires.map(|at| clocks.wall(at)),
         last_seen_at: binding.last_seen.map(|at| clocks.wall(at)),
     }
@@ -81,16 +88,18 @@ pub(super) fn explain(
         verdict: first
             .map_or("release", |finding| verdict(finding.verdict))
             .to_owned(),
-        gates: findings
-            .iter()
-            .map(|finding| GateView {
-                gate: finding.gate.name().to_owned(),
-                verdict: verdict(finding.verdict).to_owned(),
-                reason: finding.reason.clone(),
-            })
-            .collect(),
+        gates: gates(findings),
         history,
     }
+}
+
+pub(super) fn gates(findings: &[Finding]) -> Vec<GateView> {
+    let gates = findings.iter().map(|finding| GateView {
+        gate: finding.gate.name().to_owned(),
+        verdict: verdict(finding.verdict).to_owned(),
+        reason: finding.reason.clone(),
+    });
+    gates.collect()
 }
 
 pub(super) const fn verdict(verdict: Verdict) -> &'static str {

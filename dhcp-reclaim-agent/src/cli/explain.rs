@@ -12,6 +12,7 @@ use super::{
 use crate::{
     clock,
     control::{ExplainView, Request, Response, json_line, printable},
+    core::Origin,
 };
 
 /// Tell why an address is, or is not, given back
@@ -43,6 +44,14 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
     print(&text)
 }
 
+/// For the live view: nothing of it can fail, a String takes all that is written to it.
+pub(super) fn text(views: &[ExplainView], now: Timestamp) -> String {
+    let texts = views
+        .iter()
+        .map(|view| for_people(view, now).unwrap_or_default());
+    texts.collect::<Vec<_>>().join("\n")
+}
+
 fn for_people(view: &ExplainView, now: Timestamp) -> Result<String, std::fmt::Error> {
     let binding = &view.binding;
     let vlan = binding
@@ -69,6 +78,9 @@ fn for_people(view: &ExplainView, now: Timestamp) -> Result<String, std::fmt::Er
         .map(|outcome| format!(", {}", outcome.name()));
     let state = word(&binding.state) + &outcome.unwrap_or_default();
     line("state", &state)?;
+    if binding.origin == Origin::Imported {
+        line("origin", "imported: not seen on the wire")?;
+    }
     line("verdict", &view.verdict)?;
 
     let mut gates = Table::new(&["GATE", "VERDICT", "WHY"]);
@@ -109,6 +121,7 @@ mod tests {
                 port: "vnet0".to_owned(),
                 state: State::Gone,
                 outcome: None,
+                origin: Origin::Wire,
                 lease_expires_at: None,
                 last_seen_at: None,
             },

@@ -2,12 +2,20 @@
 
 #![forbid(unsafe_code)]
 
+mod ask;
+mod detach;
+mod doctor;
 mod events;
 mod explain;
+mod import;
 mod list;
+mod log;
+mod pause;
 mod run;
 mod stats;
 mod table;
+mod terminal;
+mod top;
 
 use std::{
     io::{self, Write},
@@ -19,19 +27,22 @@ use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::{
-    config::{ConfigError, DEFAULT_CONTROL, Settings},
+    config::{ConfigError, DEFAULT_CONTROL, Settings, Source},
     control::{Client, ClientError, Request, Response, printable},
 };
 
 const AFTER_HELP: &str = "\
 Exit codes:
-  0  done
-  1  an error, or nothing is known of what was asked
+  0  done; `doctor`: nothing fails
+  1  an error, or nothing is known of what was asked; `doctor`: something fails
   2  wrong usage or configuration
-  3  no agent is running here";
+  3  no agent is running here
+  4  no: `probe` found the VM silent, `release` found it alive or a gate that
+     holds";
 
 const EXIT_USAGE: u8 = 2;
 const EXIT_NO_AGENT: u8 = 3;
+const EXIT_NOT_SO: u8 = 4;
 
 /// Gives the DHCP leases of dead VMs back to the server that granted them
 #[derive(Debug, Parser)]
@@ -55,7 +66,21 @@ enum Command {
     Explain(explain::Args),
     Events(events::Args),
     Stats(stats::Args),
+    Import(import::Args),
+    Top(top::Args),
+    Probe(ask::Args),
+    Release(ask::ReleaseArgs),
+    Pause(pause::Args),
+    Resume(pause::ResumeArgs),
+    Detach(detach::Args),
+    // Boxed, as it has all settings of `run`.
+    Doctor(Box<doctor::Args>),
 }
+
+/// Wrong usage that clap cannot know of.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UsageError(String);
 
 /// What every question to the agent takes.
 #[derive(Debug, Args)]
@@ -69,7 +94,7 @@ struct Query {
 }
 
 /// The whole program but for the agent itself, which is `agent`.
-pub fn main(agent: fn(Settings) -> anyhow::Result<()>) -> ExitCode {
+pub fn main(agent: fn(Settings, Source) -> anyhow::Result<()>) -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -78,15 +103,25 @@ pub fn main(agent: fn(Settings) -> anyhow::Result<()>) -> ExitCode {
             return u8::try_from(error.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from);
         }
     };
+    let mut code = ExitCode::SUCCESS;
+    let mut with_code = |done: anyhow::Result<ExitCode>| done.map(|done| code = done);
     let done = match cli.command {
         Command::Run(args) => run::main(*args, agent),
         Command::List(args) => quiet_if_closed(list::main(&args)),
         Command::Explain(args) => quiet_if_closed(explain::main(&args)),
         Command::Events(args) => quiet_if_closed(events::main(&args)),
         Command::Stats(args) => quiet_if_closed(stats::main(&args)),
+        Command::Import(args) => quiet_if_closed(import::main(&args)),
+        Command::Top(args) => top::main(&args),
+        Command::Probe(args) => quiet_if_closed(with_code(ask::probe(&args))),
+        Command::Release(args) => quiet_if_closed(with_code(ask::release(&args))),
+        Command::Pause(args) => quiet_if_closed(pause::main(&args)),
+        Command::Resume(args) => quiet_if_closed(pause::resume(&args)),
+        Command::Detach(args) => detach::main(&args),
+        Command::Doctor(args) => quiet_if_closed(with_code(doctor::main(*args))),
     };
     let Err(error) = done else {
-        return ExitCode::SUCCESS;
+        return code;
     };
     // Nowhere else to say it if stderr is closed.
     let _closed = writeln!(
@@ -106,7 +141,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     if matches!(error.downcast_ref(), Some(ClientError::NoAgent(_))) {
         return ExitCode::from(EXIT_NO_AGENT);
     }
-    if error.downcast_ref::<ConfigError>().is_some() {
+    if error.is::<ConfigError>() || error.is::<UsageError>() {
         return ExitCode::from(EXIT_USAGE);
     }
     ExitCode::FAILURE
@@ -175,12 +210,12 @@ mod tests {
     #[test]
     fn every_setting_has_its_flag() {
         let line = "dhcp-reclaim run --bridge br0 --bridge br1 --port vnet* --uplink eth0 \
-            --hook xdp --commit request --bpffs /bpf --control /c --dry-run --silence 30s \
+            --hook xdp --commit request --bpffs /bpf --control /c --dry-run --sandbox log --silence 30s \
             --probe-interval 10s --misses 3 --hold-down 2s --hold-down-uplink 10s \
             --hold-down-silent 5m --port-up never --settle 3s --min-remaining 10s --breaker off \
             --breaker-min 32 --breaker-window 60s --rate 50 --burst 64 --record-rate 15 \
             --record-burst 60 --bindings-per-port 256 --config /x --log-level debug \
-            --log-format json";
+            --import /l,server=10.0.0.1 --metrics [::1]:9798 --log-format json";
         let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
         let Command::Run(args) = cli.command else {
             panic!()

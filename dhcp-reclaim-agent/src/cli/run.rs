@@ -1,15 +1,11 @@
 //! `run`: the agent itself.
 
-use std::{
-    io::{self, IsTerminal},
-    path::PathBuf,
-};
+use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::ValueEnum;
-use tracing_subscriber::EnvFilter;
 
-use crate::config::{Options, Settings};
+use super::{log, say};
+use crate::config::{Options, Settings, Source};
 
 /// Run the agent: learn leases, watch VMs, release what the dead leave behind
 ///
@@ -20,12 +16,15 @@ pub struct Args {
     /// TOML file with settings
     #[arg(long, value_name = "PATH")]
     pub config: Option<PathBuf>,
+    /// Only say whether the settings can be used, by the exit code too
+    #[arg(long)]
+    pub check: bool,
     #[command(flatten)]
     pub options: Options,
     /// What to log [default: RUST_LOG, or info]
     #[arg(long, value_name = "LEVEL", help_heading = "Logging")]
     pub log_level: Option<LogLevel>,
-    /// How to log, on stderr
+    /// How to log, on stderr; the journal is told priorities, too
     #[arg(
         long,
         value_name = "FORMAT",
@@ -50,36 +49,21 @@ pub enum LogFormat {
     Json,
 }
 
-pub fn main(args: Args, agent: fn(Settings) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let settings = Settings::load(args.options, args.config.as_deref())?;
-    start_logging(args.log_level, args.log_format)?;
-    agent(settings)
-}
-
-fn start_logging(level: Option<LogLevel>, format: LogFormat) -> anyhow::Result<()> {
-    let filter = match level {
-        Some(level) => EnvFilter::new(level.name()),
-        None => match std::env::var("RUST_LOG") {
-            Ok(directives) if !directives.is_empty() => {
-                EnvFilter::try_new(directives).context("RUST_LOG is not a log filter")?
-            }
-            Ok(_) | Err(_) => EnvFilter::new(LogLevel::Info.name()),
-        },
+pub fn main(args: Args, agent: fn(Settings, Source) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let source = Source {
+        flags: args.options,
+        file: args.config,
     };
-    let logging = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
-    match format {
-        LogFormat::Text => logging.try_init(),
-        LogFormat::Json => logging.json().flatten_event(true).try_init(),
+    let settings = source.load()?;
+    if args.check {
+        return say("the settings can be used");
     }
-    .map_err(|error| anyhow::anyhow!(error))
-    .context("cannot start logging")
+    log::start(args.log_level, args.log_format)?;
+    agent(settings, source)
 }
 
 impl LogLevel {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Error => "error",
             Self::Warn => "warn",

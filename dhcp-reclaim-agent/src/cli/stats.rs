@@ -1,11 +1,13 @@
 //! `stats`: the agent's figures.
 
 use super::{
-    Query, print,
+    Query,
+    list::Watch,
     table::{Table, word},
+    terminal::repeat,
     unexpected,
 };
-use crate::control::{Request, Response, StatsView, json_line};
+use crate::control::{PauseView, Request, Response, StatsView, json_line};
 
 /// Print the agent's figures
 ///
@@ -13,23 +15,27 @@ use crate::control::{Request, Response, StatsView, json_line};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
+    watch: Watch,
+    #[command(flatten)]
     query: Query,
 }
 
 pub fn main(args: &Args) -> anyhow::Result<()> {
-    let mut text = String::new();
-    args.query.ask(&Request::Stats, |answer| {
-        let Response::Stats(stats) = answer else {
-            return Err(unexpected(&answer));
-        };
-        text = if args.query.json {
-            json_line(&stats)? + "\n"
-        } else {
-            for_people(&stats)
-        };
-        Ok(())
-    })?;
-    print(&text)
+    repeat(args.watch.every(), || {
+        let mut text = String::new();
+        args.query.ask(&Request::Stats, |answer| {
+            let Response::Stats(stats) = answer else {
+                return Err(unexpected(&answer));
+            };
+            text = if args.query.json {
+                json_line(&stats)? + "\n"
+            } else {
+                for_people(&stats)
+            };
+            Ok(())
+        })?;
+        Ok(text)
+    })
 }
 
 fn for_people(stats: &StatsView) -> String {
@@ -40,6 +46,19 @@ fn for_people(stats: &StatsView) -> String {
     row(
         "dry run",
         if stats.dry_run { "yes" } else { "no" }.to_owned(),
+    );
+    row(
+        "paused",
+        stats
+            .paused
+            .as_ref()
+            .map_or_else(|| "no".to_owned(), PauseView::text),
+    );
+    row(
+        "breaker",
+        stats
+            .breaker_open_since
+            .map_or_else(|| "closed".to_owned(), |at| format!("open since {at:.0}")),
     );
     row("bridges", stats.bridges.join(" "));
     row("ports", stats.ports.to_string());
@@ -69,6 +88,8 @@ mod tests {
             dry_run: true,
             bridges: vec!["br0".to_owned()],
             ports: 3,
+            paused: None,
+            breaker_open_since: None,
             bindings: BTreeMap::from([(State::Bound, 2)]),
             counters: BTreeMap::from([("ring_full".to_owned(), 0)]),
         };
@@ -79,6 +100,8 @@ WHAT            VALUE
 version         0.1.0
 started         2023-11-14T22:13:20Z
 dry run         yes
+paused          no
+breaker         closed
 bridges         br0
 ports           3
 bindings bound  2

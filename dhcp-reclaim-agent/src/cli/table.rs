@@ -1,13 +1,16 @@
 //! Text for people: tables and times.
 
-use std::{fmt::Write, time::Duration};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::control::printable;
 
-/// Columns as wide as they need to be, the last without padding.
+/// Of a terminal.
+pub const WIDTH: usize = 80;
+
+/// Columns as wide as they need to be; the last has no padding, and is wrapped if it is text.
 #[derive(Debug)]
 pub struct Table {
     rows: Vec<Vec<String>>,
@@ -31,6 +34,20 @@ impl Table {
     }
 
     pub fn text(&self) -> String {
+        self.painted(str::to_owned)
+    }
+
+    /// Of its widest line.
+    pub fn width(&self) -> usize {
+        let text = self.text();
+        text.lines()
+            .map(|line| line.chars().count())
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// With each cell as `paint` shows it: in as many columns, coloured.
+    pub fn painted(&self, paint: impl Fn(&str) -> String) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column| {
             let cells = self
@@ -44,17 +61,44 @@ impl Table {
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         let mut text = String::new();
+        let last = columns.saturating_sub(1);
+        let indent = widths.iter().take(last).map(|width| width + 2).sum();
         for row in &self.rows {
             let mut line = String::new();
-            for (cell, width) in row.iter().zip(&widths) {
-                // A String takes all that is written to it.
-                let _always = write!(line, "{cell:<width$}  ");
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                if column == last && indent + cell.chars().count() > WIDTH && indent < WIDTH / 2 {
+                    line.push_str(&wrapped(cell, indent));
+                    continue;
+                }
+                let pad = " ".repeat(width.saturating_sub(cell.chars().count()) + 2);
+                line.push_str(&paint(cell));
+                line.push_str(&pad);
             }
             text.push_str(line.trim_end());
             text.push('\n');
         }
         text
     }
+}
+
+/// Text in lines of a terminal's width, all but the first of them indented; long words stay whole.
+pub fn wrapped(text: &str, indent: usize) -> String {
+    let mut wrapped = String::new();
+    let mut column = indent;
+    for word in text.split(' ') {
+        let width = word.chars().count();
+        if column > indent && column + 1 + width > WIDTH {
+            wrapped.push('\n');
+            wrapped.push_str(&" ".repeat(indent));
+            column = indent;
+        } else if column > indent {
+            wrapped.push(' ');
+            column += 1;
+        }
+        wrapped.push_str(word);
+        column += width;
+    }
+    wrapped
 }
 
 /// The largest whole unit: `59s`, `9m`, `3h`, `2d`.
@@ -100,6 +144,20 @@ mod tests {
             table.text(),
             "IP        STATE\n10.0.0.7  bound\n-         a\\u{1b}[2J\n"
         );
+    }
+
+    #[test]
+    fn long_text_in_the_last_column_is_wrapped() {
+        let mut table = Table::new(&["GATE", "WHY"]);
+        table.row([
+            "paused".to_owned(),
+            "word ".repeat(30).trim_end().to_owned(),
+        ]);
+        let text = table.text();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        assert!(lines.iter().all(|line| line.len() <= WIDTH), "{text}");
+        assert!(lines[2].starts_with("        word word"), "{text}");
     }
 
     #[test]

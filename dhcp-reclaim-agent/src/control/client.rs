@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use super::{ErrorCode, PROTOCOL, Request, Response, protocol::Line};
+use super::{
+    ErrorCode, PROTOCOL, Request, Response,
+    protocol::{Line, LineError, read_line},
+};
 
 /// Far above any answer of ours; a peer that is not an agent must not fill our memory.
 const LINE_MAX: u64 = 16 << 20;
@@ -109,18 +112,23 @@ impl Answers<'_> {
         if line.last() != Some(&b'\n') {
             return Err(ClientError::CutOff);
         }
-        let line: Line<Response> = serde_json::from_slice(&line).map_err(ClientError::Language)?;
-        if line.v != PROTOCOL {
-            return Err(ClientError::Version(line.v));
-        }
-        match line.body {
+        let answer = read_line(&line).map_err(|error| match error {
+            LineError::Version(version) => ClientError::Version(version),
+            LineError::Json(error) => ClientError::Language(error),
+        })?;
+        match answer {
             Response::End => Ok(None),
             Response::Error { code, message } => Err(ClientError::Agent { code, message }),
             answer @ (Response::Binding(_)
             | Response::Explain(_)
             | Response::Event(_)
+            | Response::Imported(_)
             | Response::Lost { .. }
-            | Response::Stats(_)) => Ok(Some(answer)),
+            | Response::Stats(_)
+            | Response::Paused(_)
+            | Response::Resumed(_)
+            | Response::Probed(_)
+            | Response::Release(_)) => Ok(Some(answer)),
         }
     }
 }

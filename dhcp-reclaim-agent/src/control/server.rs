@@ -28,8 +28,9 @@ use tokio::{
 use tracing::{debug, warn};
 
 use super::{
-    BindingView, ErrorCode, EventFeed, ExplainView, PROTOCOL, Request, Response, StatsView,
-    json_line, protocol::Line,
+    BindingView, ErrorCode, EventFeed, ExplainView, Order, Ordered, PROTOCOL, Peer, REASON_MAX,
+    Request, Response, StatsView, json_line,
+    protocol::{Line, read_line},
 };
 
 /// Places in the queue from clients to the agent's loop.
@@ -63,6 +64,7 @@ pub enum ControlRequest {
     Stats {
         reply: oneshot::Sender<StatsView>,
     },
+    Order(Ordered),
 }
 
 /// Why the control socket cannot be had.
@@ -95,6 +97,8 @@ pub struct ControlStats {
 pub struct ControlServer {
     listener: UnixListener,
     file: SocketFile,
+    /// Whose agent it is. Asked once: later there may be no right to ask.
+    owner: u32,
     stats: Arc<ControlStats>,
 }
 
@@ -134,6 +138,7 @@ impl ControlServer {
             Ok(file) => Ok(Self {
                 listener,
                 file,
+                owner: nix::unistd::geteuid().as_raw(),
                 stats: Arc::default(),
             }),
             Err(source) => {
@@ -174,13 +179,14 @@ impl ControlServer {
                 continue;
             };
             self.stats.accepted.fetch_add(1, Ordering::Relaxed);
-            let (requests, stats) = (requests.clone(), Arc::clone(&self.stats));
+            let (requests, stats, owner) = (requests.clone(), Arc::clone(&self.stats), self.owner);
             tokio::spawn(async move {
                 let _place = place;
                 let (input, output) = stream.into_split();
                 let mut client = Client {
                     input,
                     output,
+                    owner,
                     stats,
                 };
                 if let Err(error) = client.serve(&requests).await {
@@ -268,6 +274,7 @@ impl Drop for SocketFile {
 struct Client {
     input: OwnedReadHalf,
     output: OwnedWriteHalf,
+    owner: u32,
     stats: Arc<ControlStats>,
 }
 
@@ -322,8 +329,60 @@ impl Client {
                 };
                 self.send(Response::Stats(stats)).await?;
             }
+            Request::Import(import) => {
+                return self.order(requests, Order::Import(import)).await;
+            }
+            Request::Pause { reason } => {
+                return self.order(requests, Order::Pause { reason }).await;
+            }
+            Request::Resume => return self.order(requests, Order::Resume).await,
+            Request::Probe(which) => return self.order(requests, Order::Probe(which)).await,
+            Request::Release { which, force } => {
+                return self.order(requests, Order::Release { which, force }).await;
+            }
         }
         self.send(Response::End).await
+    }
+
+    /// What changes something is for root, and for whoever owns the agent: the socket's mode may have
+    /// been widened for those who look.
+    async fn order(
+        &mut self,
+        requests: &mpsc::Sender<ControlRequest>,
+        order: Order,
+    ) -> io::Result<()> {
+        let by = self.output.as_ref().peer_cred()?;
+        let by = Peer {
+            uid: by.uid(),
+            pid: by.pid().unwrap_or(0),
+        };
+        if by.uid != 0 && by.uid != self.owner {
+            let message = "only root, and the user that the agent runs as, may do this";
+            return self.error(ErrorCode::Denied, message).await;
+        }
+        if let Order::Pause {
+            reason: Some(reason),
+        } = &order
+            && reason.len() > REASON_MAX
+        {
+            let message = format!("a reason of at most {REASON_MAX} bytes");
+            return self.error(ErrorCode::BadRequest, message).await;
+        }
+        let answer = self
+            .ask(requests, |reply| {
+                ControlRequest::Order(Ordered { order, by, reply })
+            })
+            .await?;
+        match answer {
+            None => Ok(()),
+            Some(Err(refusal)) => self.error(refusal.code, refusal.message).await,
+            Some(Ok(lines)) => {
+                for line in lines {
+                    self.send(line).await?;
+                }
+                self.send(Response::End).await
+            }
+        }
     }
 
     /// The request, or what is wrong with it.
@@ -339,23 +398,7 @@ impl Client {
                 "no request line of at most {REQUEST_MAX} bytes"
             )));
         }
-        #[derive(serde::Deserialize)]
-        struct Version {
-            v: u32,
-        }
-        // The version first: another one may ask for anything.
-        match serde_json::from_slice(&line) {
-            Ok(Version { v: PROTOCOL }) => {}
-            Ok(Version { v }) => {
-                return Ok(Err(format!(
-                    "protocol version {v}; this agent speaks {PROTOCOL}"
-                )));
-            }
-            Err(error) => return Ok(Err(error.to_string())),
-        }
-        Ok(serde_json::from_slice::<Line<Request>>(&line)
-            .map(|line| line.body)
-            .map_err(|error| error.to_string()))
+        Ok(read_line(&line).map_err(|error| error.to_string()))
     }
 
     /// The loop's answer; `None` once the client was told that there is none.
@@ -444,7 +487,7 @@ mod tests {
 
     use super::{
         super::{
-            Client as Asker, ClientError, EventLog,
+            Client as Asker, ClientError, EventLog, Refusal,
             protocol::fixtures::{binding, event},
         },
         *,
@@ -512,6 +555,12 @@ mod tests {
                     }
                     // Dropped: an agent that is stopping.
                     ControlRequest::Stats { reply } => drop(reply),
+                    ControlRequest::Order(Ordered { order, by, reply }) => {
+                        assert_eq!(by.uid, nix::unistd::geteuid().as_raw());
+                        assert_eq!(order, Order::Resume);
+                        let refusal = Refusal::new(ErrorCode::NotFound, "nothing to resume");
+                        reply.send(Err(refusal)).unwrap();
+                    }
                 }
             }
             drop(requests);
@@ -570,6 +619,25 @@ mod tests {
                     ..
                 }
             ));
+
+            let mut asker = Asker::connect(path).unwrap();
+            let error = asker
+                .ask(&Request::Resume)
+                .unwrap()
+                .next()
+                .unwrap()
+                .unwrap_err();
+            assert_eq!(error.to_string(), "nothing to resume");
+
+            let mut asker = Asker::connect(path).unwrap();
+            let reason = Some("x".repeat(REASON_MAX + 1));
+            let error = asker
+                .ask(&Request::Pause { reason })
+                .unwrap()
+                .next()
+                .unwrap()
+                .unwrap_err();
+            assert_eq!(error.to_string(), "a reason of at most 200 bytes");
 
             let mut asker = Asker::connect(path).unwrap();
             let request = Request::Events { follow: false };

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Glob;
-use crate::core::{IfIndex, MacAddr, Port, PortLoss, Role};
+use crate::core::{IfIndex, MacAddr, Port, PortLoss, Role, Vlans};
 
 /// Links of our own carry this prefix; they are never ports.
 pub const OWN_PREFIX: &str = "dreclaim";
@@ -19,6 +19,14 @@ pub enum PortEvent {
     },
     /// It has another Ethernet address: it takes that of a port unless one was set.
     BridgeMac { ifindex: IfIndex, mac: MacAddr },
+    /// Whether it filters VLANs (`vlan_filtering`). Told after `BridgeUp` if it does, and when that
+    /// changes.
+    BridgeVlans {
+        ifindex: IfIndex,
+        filtering: VlanFiltering,
+    },
+    /// The VLANs of a port, or of a bridge itself, whether or not the bridge filters them.
+    Vlans { ifindex: IfIndex, vlans: Vlans },
     /// It is gone; so are its ports, each with a `PortDown` before this.
     BridgeDown { ifindex: IfIndex, name: String },
     /// A port is there, has its carrier back, or has another name. The same port may come up again
@@ -43,6 +51,17 @@ pub struct PortRules {
     pub uplinks: Vec<Glob>,
 }
 
+/// Whether a bridge tells VLANs apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VlanFiltering {
+    #[default]
+    Off,
+    /// By 802.1Q tags.
+    Customer,
+    /// By 802.1ad tags: those of 802.1Q are payload.
+    Service,
+}
+
 /// What a link message tells of one link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
@@ -58,6 +77,8 @@ pub struct Link {
     /// IFLA_CARRIER.
     pub carrier: bool,
     pub mac: MacAddr,
+    /// A bridge with `vlan_filtering 1` (IFLA_BR_VLAN_FILTERING).
+    pub vlan_filtering: VlanFiltering,
 }
 
 /// One link message.
@@ -65,10 +86,11 @@ pub struct Link {
 pub enum LinkChange {
     Set(Link),
     Removed(IfIndex),
+    Vlans { ifindex: IfIndex, vlans: Vlans },
 }
 
 impl PortRules {
-    /// The role of a link that is a port of one of the bridges; `None` if it does not count.
+    /// The role of a link that is a port of one of the bridges; `None` for the agent's own.
     pub fn role(&self, link: &Link) -> Option<Role> {
         if link.name.starts_with(OWN_PREFIX) {
             return None;
@@ -89,11 +111,9 @@ impl PortRules {
             // moved away shows itself there.
             Role::Uplink => Some(Role::Uplink),
             Role::Vm if self.ports.is_empty() => Some(Role::Vm),
-            Role::Vm => self
-                .ports
-                .iter()
-                .any(|glob| glob.matches(name))
-                .then_some(Role::Vm),
+            Role::Vm if self.ports.iter().any(|glob| glob.matches(name)) => Some(Role::Vm),
+            // A VM may be plugged in there.
+            Role::Vm | Role::Aside => Some(Role::Aside),
         }
     }
 }
@@ -122,6 +142,10 @@ pub struct Links {
     links: BTreeMap<IfIndex, Link>,
     bridges: BTreeMap<IfIndex, Bridge>,
     ports: BTreeMap<IfIndex, Tracked>,
+    /// Of whatever is, or may become, a port or bridge of ours.
+    vlans: BTreeMap<IfIndex, Vlans>,
+    /// A bridge that filters VLANs came or changed: not every change of VLANs is announced.
+    vlans_wanted: bool,
     /// While a dump runs: the links that it or a message showed.
     dump: Option<BTreeSet<IfIndex>>,
 }
@@ -130,6 +154,7 @@ pub struct Links {
 struct Bridge {
     name: String,
     mac: MacAddr,
+    vlan_filtering: VlanFiltering,
 }
 
 #[derive(Debug)]
@@ -182,8 +207,28 @@ impl Links {
                 }
                 self.remove(ifindex, &mut events);
             }
+            LinkChange::Vlans { ifindex, vlans } => {
+                let ours = self.ports.contains_key(&ifindex) || self.bridges.contains_key(&ifindex);
+                if self.vlans.get(&ifindex) != Some(&vlans) {
+                    self.vlans.insert(ifindex, vlans.clone());
+                    if ours {
+                        events.push(PortEvent::Vlans { ifindex, vlans });
+                    }
+                }
+            }
         }
         events
+    }
+
+    /// Whether the VLANs should be read anew; says so once.
+    pub fn want_vlans(&mut self) -> bool {
+        std::mem::take(&mut self.vlans_wanted)
+    }
+
+    fn tell_vlans(&self, ifindex: IfIndex, events: &mut Vec<PortEvent>) {
+        if let Some(vlans) = self.vlans.get(&ifindex).cloned() {
+            events.push(PortEvent::Vlans { ifindex, vlans });
+        }
     }
 
     fn set(&mut self, link: Link, events: &mut Vec<PortEvent>) {
@@ -201,14 +246,14 @@ impl Links {
                 self.remove(ifindex, events);
             }
         }
-        let (name, mac) = (link.name.clone(), link.mac);
         self.links.insert(ifindex, link);
-        self.update_bridge(ifindex, name, mac, events);
+        self.update_bridge(ifindex, events);
         self.update_port(ifindex, events);
     }
 
     fn remove(&mut self, ifindex: IfIndex, events: &mut Vec<PortEvent>) {
         self.links.remove(&ifindex);
+        self.vlans.remove(&ifindex);
         self.bridge_down(ifindex, events);
         if self.ports.remove(&ifindex).is_some() {
             events.push(PortEvent::PortDown {
@@ -218,18 +263,21 @@ impl Links {
         }
     }
 
-    fn update_bridge(
-        &mut self,
-        ifindex: IfIndex,
-        name: String,
-        mac: MacAddr,
-        events: &mut Vec<PortEvent>,
-    ) {
+    fn update_bridge(&mut self, ifindex: IfIndex, events: &mut Vec<PortEvent>) {
+        let Some(link) = self.links.get(&ifindex) else {
+            return;
+        };
+        let (name, mac, filtering) = (link.name.clone(), link.mac, link.vlan_filtering);
         if let Some(bridge) = self.bridges.get_mut(&ifindex) {
             if bridge.name == name {
+                self.vlans_wanted |= filtering != VlanFiltering::Off;
                 if bridge.mac != mac {
                     bridge.mac = mac;
                     events.push(PortEvent::BridgeMac { ifindex, mac });
+                }
+                if bridge.vlan_filtering != filtering {
+                    bridge.vlan_filtering = filtering;
+                    events.push(PortEvent::BridgeVlans { ifindex, filtering });
                 }
                 return;
             }
@@ -248,9 +296,15 @@ impl Links {
             Bridge {
                 name: name.clone(),
                 mac,
+                vlan_filtering: filtering,
             },
         );
         events.push(PortEvent::BridgeUp { ifindex, name, mac });
+        if filtering != VlanFiltering::Off {
+            self.vlans_wanted = true;
+            events.push(PortEvent::BridgeVlans { ifindex, filtering });
+        }
+        self.tell_vlans(ifindex, events);
         let slaves: Vec<IfIndex> = self
             .links
             .values()
@@ -309,10 +363,13 @@ impl Links {
                 // Up at first sight, carrier or not: it is watched before its guest can ask.
                 let tracked = Tracked::new(port.clone(), link);
                 self.ports.insert(ifindex, tracked);
+                self.tell_vlans(ifindex, events);
                 events.push(PortEvent::PortUp(port));
             }
             (Some(_), None) => {
                 self.ports.remove(&ifindex);
+                // Of the bridge that it has left.
+                self.vlans.remove(&ifindex);
                 events.push(PortEvent::PortDown {
                     ifindex,
                     loss: PortLoss::Detached,
@@ -351,7 +408,7 @@ impl Tracked {
 
     fn carrier_change(&mut self, link: &Link) -> Option<PortEvent> {
         // An uplink without carrier is still the segment's way to other hosts, and no VM's.
-        if self.port.role == Role::Uplink {
+        if self.port.role != Role::Vm {
             return None;
         }
         // Whoever sets our end down takes a veth's carrier with it: that says nothing about the VM,
@@ -402,6 +459,7 @@ mod tests {
             admin_up: true,
             carrier: true,
             mac: mac(u8::try_from(ifindex).unwrap()),
+            vlan_filtering: VlanFiltering::Off,
         }
     }
 
@@ -481,12 +539,17 @@ mod tests {
         };
         assert_eq!(all.role(&on_bus), Some(Role::Uplink));
         for (name, kind, of_all, of_some) in [
-            ("tap0", Some("tun"), Some(Role::Vm), None),
+            ("tap0", Some("tun"), Some(Role::Vm), Some(Role::Aside)),
             ("vnet0", Some("tun"), Some(Role::Vm), Some(Role::Vm)),
             ("vnet1", Some("veth"), Some(Role::Vm), Some(Role::Vm)),
             ("vnet-up0", Some("veth"), Some(Role::Vm), Some(Role::Uplink)),
-            ("mt0", Some("macvtap"), Some(Role::Vm), None),
-            ("odd0", Some("unheard-of"), Some(Role::Vm), None),
+            ("mt0", Some("macvtap"), Some(Role::Vm), Some(Role::Aside)),
+            (
+                "odd0",
+                Some("unheard-of"),
+                Some(Role::Vm),
+                Some(Role::Aside),
+            ),
             ("eth0", None, Some(Role::Uplink), Some(Role::Uplink)),
             // Named in full: a VM's, though it is a physical device.
             ("eth7", None, Some(Role::Uplink), Some(Role::Vm)),
@@ -631,6 +694,67 @@ mod tests {
             }]
         );
         assert_eq!(set(&mut links, changed), []);
+    }
+
+    #[test]
+    fn bridge_begins_and_ends_to_filter_vlans() {
+        let told = |filtering| PortEvent::BridgeVlans {
+            ifindex: BR0,
+            filtering,
+        };
+        let filtering = Link {
+            vlan_filtering: VlanFiltering::Customer,
+            ..bridge(BR0, "br0")
+        };
+        let mut links = running();
+        let on = told(VlanFiltering::Customer);
+        assert!(!links.want_vlans());
+        assert_eq!(
+            set(&mut links, filtering.clone()),
+            std::slice::from_ref(&on)
+        );
+        assert!(links.want_vlans() && !links.want_vlans());
+        assert_eq!(set(&mut links, filtering.clone()), []);
+        assert_eq!(
+            set(&mut links, bridge(BR0, "br0")),
+            [told(VlanFiltering::Off)]
+        );
+        let mut links = Links::new(rules(&[], &[]));
+        assert_eq!(set(&mut links, filtering), [bridge_up(BR0, "br0"), on]);
+    }
+
+    #[test]
+    fn vlans_are_told_when_they_change_and_before_their_port() {
+        let access = Vlans {
+            pvid: 10,
+            members: vec![(10, 10, true)],
+            tunnel: false,
+        };
+        let change = |ifindex| LinkChange::Vlans {
+            ifindex,
+            vlans: access.clone(),
+        };
+        let told = PortEvent::Vlans {
+            ifindex: TAP,
+            vlans: access.clone(),
+        };
+        let mut links = running();
+        assert_eq!(links.apply(change(77)), [], "nobody's");
+        assert_eq!(links.apply(change(TAP)), std::slice::from_ref(&told));
+        assert_eq!(links.apply(change(TAP)), []);
+        // Of another bridge they say nothing.
+        let free = Link {
+            master: None,
+            ..tap("tap0")
+        };
+        set(&mut links, free.clone());
+        assert_eq!(set(&mut links, tap("tap0")), [up("tap0", BR0, Role::Vm)]);
+        set(&mut links, free);
+        assert_eq!(links.apply(change(TAP)), [], "before it is a port");
+        assert_eq!(
+            set(&mut links, tap("tap0")),
+            [told, up("tap0", BR0, Role::Vm)]
+        );
     }
 
     #[test]

@@ -24,7 +24,7 @@ use tracing::warn;
 
 pub use self::{
     glob::{Glob, GlobError},
-    links::{Link, LinkChange, Links, OWN_PREFIX, PortEvent, PortRules},
+    links::{Link, LinkChange, Links, OWN_PREFIX, PortEvent, PortRules, VlanFiltering},
 };
 use crate::core::IfIndex;
 
@@ -59,6 +59,10 @@ pub struct PortWatcher {
     datagram: Vec<u8>,
     sequence: u32,
     dump: Dump,
+    /// What is dumped: the VLANs, or else the links.
+    of_vlans: bool,
+    /// The links are to be read once the VLANs have been.
+    links_lost: bool,
     resyncs: u64,
     malformed: u64,
 }
@@ -89,6 +93,8 @@ impl PortWatcher {
             datagram: Vec::with_capacity(DATAGRAM),
             sequence: 0,
             dump: Dump::None,
+            of_vlans: false,
+            links_lost: false,
             resyncs: 0,
             malformed: 0,
         };
@@ -126,7 +132,13 @@ impl PortWatcher {
         let (socket, datagram) = (&self.socket, &mut self.datagram);
         let read = poll_fn(|context| socket.poll_recv(context, datagram)).await;
         match read {
-            Ok(()) => self.read_datagram(),
+            Ok(()) => {
+                self.read_datagram()?;
+                if self.dump == Dump::None && self.links.want_vlans() {
+                    self.ask_vlans()?;
+                }
+                Ok(())
+            }
             // Messages came faster than they were read, and some are lost.
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => self.overrun(),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
@@ -145,21 +157,36 @@ impl PortWatcher {
             // One dump at a time: the kernel answers EBUSY to a second.
             Dump::Running | Dump::Spoiled => {
                 self.dump = Dump::Spoiled;
+                // Links may be among what was lost, whatever the dump is of.
+                self.links_lost = true;
                 Ok(())
             }
         }
     }
 
     fn ask(&mut self) -> Result<(), WatchError> {
+        self.links_lost = false;
+        self.send(wire::dump_request)?;
+        self.links.begin_dump();
+        self.of_vlans = false;
+        Ok(())
+    }
+
+    fn ask_vlans(&mut self) -> Result<(), WatchError> {
+        self.send(wire::vlan_dump_request)?;
+        self.of_vlans = true;
+        Ok(())
+    }
+
+    fn send(&mut self, request: impl Fn(u32) -> Vec<u8>) -> Result<(), WatchError> {
         // Zero is the sequence of messages that nobody asked for.
         self.sequence = self.sequence.checked_add(1).unwrap_or(1);
-        let request = wire::dump_request(self.sequence);
+        let request = request(self.sequence);
         let kernel = SocketAddr::new(0, 0);
         self.socket
             .socket_ref()
             .send_to(&request, &kernel, 0)
             .map_err(WatchError::Ask)?;
-        self.links.begin_dump();
         self.dump = Dump::Running;
         Ok(())
     }
@@ -209,11 +236,15 @@ impl PortWatcher {
     fn dumped(&mut self) -> Result<(), WatchError> {
         match self.dump {
             Dump::None => {}
+            Dump::Spoiled if self.of_vlans && !self.links_lost => return self.ask_vlans(),
             Dump::Spoiled => return self.ask(),
             Dump::Running => {
                 self.dump = Dump::None;
+                if self.of_vlans {
+                    return Ok(());
+                }
                 self.ready.extend(self.links.end_dump());
-                if self.sequence > 1 {
+                if self.resyncs > 0 {
                     self.ready.push_back(PortEvent::Resynced);
                 }
             }
@@ -236,8 +267,14 @@ fn open(bytes: usize) -> io::Result<TokioSocket> {
     Ok(socket)
 }
 
-/// IPv4 addresses of a link: whether a server is this host itself.
+/// IPv4 addresses of a link.
 pub async fn local_addresses(ifindex: IfIndex) -> Result<Vec<Ipv4Addr>, AddressError> {
+    let networks = local_networks(ifindex).await?;
+    Ok(networks.into_iter().map(|(address, _)| address).collect())
+}
+
+/// The same, with the lengths of their prefixes.
+pub async fn local_networks(ifindex: IfIndex) -> Result<Vec<(Ipv4Addr, u8)>, AddressError> {
     let (connection, handle, _messages) =
         rtnetlink::new_connection().map_err(AddressError::Open)?;
     let connection = tokio::spawn(connection);
@@ -252,12 +289,16 @@ pub async fn local_addresses(ifindex: IfIndex) -> Result<Vec<Ipv4Addr>, AddressE
     // IFA_LOCAL is ours; IFA_ADDRESS may be the far end's.
     let addresses = rows
         .iter()
-        .flat_map(|row| &row.attributes)
-        .filter_map(|attribute| {
+        .flat_map(|row| {
+            row.attributes
+                .iter()
+                .map(|one| (one, row.header.prefix_len))
+        })
+        .filter_map(|(attribute, prefix)| {
             let AddressAttribute::Local(IpAddr::V4(address)) = attribute else {
                 return None;
             };
-            Some(*address)
+            Some((*address, prefix))
         });
     Ok(addresses.collect())
 }
@@ -501,13 +542,16 @@ mod tests {
             let [PortEvent::BridgeUp { ifindex, .. }] = initial.as_slice() else {
                 panic!("{initial:?}")
             };
-            let found = local_addresses(*ifindex).await.unwrap();
+            let found = local_networks(*ifindex).await.unwrap();
             assert_eq!(
                 found,
-                [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 1, 1)]
+                [
+                    (Ipv4Addr::new(10, 0, 0, 1), 24),
+                    (Ipv4Addr::new(10, 0, 1, 1), 24)
+                ]
             );
             assert!(
-                local_addresses(ifindex + 1000)
+                local_networks(ifindex + 1000)
                     .await
                     .map_or(true, |none| none.is_empty())
             );

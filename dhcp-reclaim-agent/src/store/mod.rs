@@ -1,4 +1,5 @@
-//! The agent's memory: one redb file with what must outlive the process, and the audit trail.
+//! The agent's memory: one redb file with what must outlive the process, and beside it the audit
+//! trail, for people.
 //!
 //! A commit is in the file, and synced, when it returns: `kill -9` loses nothing that was committed,
 //! and neither does the machine's own end. What was not committed by then is read again from the
@@ -7,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod audit;
+mod operator;
 mod row;
 
 use std::{
@@ -17,23 +19,24 @@ use std::{
 
 use jiff::Timestamp;
 use redb::{
-    Builder, Database, DatabaseError, ReadableDatabase as _, ReadableTable as _,
-    ReadableTableMetadata as _, TableDefinition,
+    Builder, Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, TableDefinition,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tracing::warn;
 
 pub use self::{
-    audit::{AuditEntry, AuditGate, AuditOutcome},
-    row::{BindingRow, PortRow, TransactionRow},
+    audit::{AuditEntry, AuditGate, AuditLine, AuditOutcome, Trail},
+    operator::OperatorEntry,
+    row::{AlarmRow, BindingRow, PortRow, TransactionRow},
 };
-use crate::core::Time;
+use crate::{control::PauseView, core::Time};
 
-const FILE: &str = "bindings.redb";
-/// Changes whenever rows mean something else.
-const FORMAT: u64 = 1;
-/// RELEASE decisions that are kept.
-const AUDIT_ENTRIES: u64 = 10_000;
+pub(crate) const FILE: &str = "bindings.redb";
+/// Changes whenever rows mean something else. 2: alarms, and what is known of a RELEASE. 3: a pause,
+/// which an older agent would not respect.
+const FORMAT: u64 = 3;
+/// The oldest that can be read: what it lacks is empty.
+const OLDEST: u64 = 1;
 /// The file is small; redb's own default is a gigabyte.
 const CACHE_BYTES: usize = 4 << 20;
 
@@ -41,7 +44,13 @@ const META: TableDefinition<'_, &str, u64> = TableDefinition::new("dhcp-reclaim"
 const BINDINGS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("bindings");
 const TRANSACTIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("transactions");
 const PORTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("ports");
-const AUDIT: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("audit");
+const ALARMS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("alarms");
+/// RELEASEs whose outcome is open: once it is known, the trail has it.
+const INTENTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("audit");
+/// In META: the number of the next one.
+const NEXT_INTENT: &str = "next-audit";
+/// The node's own row, if it is paused.
+const PAUSE: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("pause");
 
 /// The store cannot be used, and it is not the file's contents that are to blame.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +80,11 @@ pub struct Memory {
     pub bindings: Vec<BindingRow>,
     pub transactions: Vec<TransactionRow>,
     pub ports: Vec<PortRow>,
+    pub alarms: Vec<AlarmRow>,
+    /// RELEASEs that were decided, and whose outcome was not written down.
+    pub intents: Vec<AuditEntry>,
+    /// A person holds all releases.
+    pub pause: Option<PauseView>,
 }
 
 /// What is to be written in one go. A key without a value is deleted.
@@ -79,7 +93,9 @@ pub struct Batch {
     bindings: Vec<(String, Option<Vec<u8>>)>,
     transactions: Vec<(String, Option<Vec<u8>>)>,
     ports: Vec<(String, Option<Vec<u8>>)>,
-    audit: Vec<(u64, Vec<u8>)>,
+    alarms: Vec<(String, Option<Vec<u8>>)>,
+    intents: Vec<(u64, Option<Vec<u8>>)>,
+    pause: Vec<(String, Option<Vec<u8>>)>,
 }
 
 impl Batch {
@@ -95,8 +111,20 @@ impl Batch {
         self.ports.push((key, row.map(encode)));
     }
 
-    pub fn audit(&mut self, entry: &AuditEntry) {
-        self.audit.push((entry.number, encode(entry)));
+    pub fn alarm(&mut self, key: String, row: Option<&AlarmRow>) {
+        self.alarms.push((key, row.map(encode)));
+    }
+
+    /// Kept for as long as its outcome is open.
+    pub fn intent(&mut self, entry: &AuditEntry) {
+        let open = entry.outcome == AuditOutcome::Intended;
+        self.intents
+            .push((entry.number, open.then(|| encode(entry))));
+    }
+
+    /// `None`: nothing is held any more.
+    pub fn pause(&mut self, pause: Option<&PauseView>) {
+        self.pause = vec![("node".to_owned(), pause.map(encode))];
     }
 }
 
@@ -104,7 +132,7 @@ impl Batch {
 pub struct Store {
     db: Database,
     path: PathBuf,
-    next_audit: u64,
+    next_intent: u64,
 }
 
 impl Store {
@@ -136,28 +164,11 @@ impl Store {
         })
     }
 
-    /// The number of the next entry of the audit trail.
-    pub fn next_audit(&mut self) -> u64 {
-        let number = self.next_audit;
-        self.next_audit += 1;
+    /// The number of the next intent, and of its line in the audit trail.
+    pub fn next_intent(&mut self) -> u64 {
+        let number = self.next_intent;
+        self.next_intent += 1;
         number
-    }
-
-    /// The audit trail, oldest first.
-    pub fn audit(&self) -> Result<Vec<AuditEntry>, StoreError> {
-        let read = || -> Result<Vec<AuditEntry>, redb::Error> {
-            let table = self.db.begin_read()?.open_table(AUDIT)?;
-            let mut entries = Vec::new();
-            for row in table.iter()? {
-                let (_, value) = row?;
-                entries.extend(decode(value.value()));
-            }
-            Ok(entries)
-        };
-        read().map_err(|error| StoreError::Write {
-            path: self.path.clone(),
-            source: Box::new(error),
-        })
     }
 
     fn write(&self, batch: &Batch) -> Result<(), redb::Error> {
@@ -167,6 +178,8 @@ impl Store {
             (BINDINGS, &batch.bindings),
             (TRANSACTIONS, &batch.transactions),
             (PORTS, &batch.ports),
+            (ALARMS, &batch.alarms),
+            (PAUSE, &batch.pause),
         ] {
             if changes.is_empty() {
                 continue;
@@ -179,14 +192,17 @@ impl Store {
                 }
             }
         }
-        if !batch.audit.is_empty() {
-            let mut table = transaction.open_table(AUDIT)?;
-            for (number, value) in &batch.audit {
-                table.insert(number, value.as_slice())?;
+        if !batch.intents.is_empty() {
+            let mut table = transaction.open_table(INTENTS)?;
+            for (number, value) in &batch.intents {
+                match value {
+                    Some(value) => drop(table.insert(number, value.as_slice())?),
+                    None => drop(table.remove(number)?),
+                }
             }
-            while table.len()? > AUDIT_ENTRIES {
-                table.pop_first()?;
-            }
+            transaction
+                .open_table(META)?
+                .insert(NEXT_INTENT, self.next_intent)?;
         }
         transaction.commit()?;
         Ok(())
@@ -203,7 +219,7 @@ impl Store {
         let mut store = Self {
             db,
             path: path.to_owned(),
-            next_audit: 0,
+            next_intent: 0,
         };
         store.check_format()?;
         let memory = store.read().map_err(|error| Refused::of(path, error))?;
@@ -216,6 +232,7 @@ impl Store {
         let (known, empty) = self.format().map_err(refused)?;
         match known {
             Some(FORMAT) => Ok(()),
+            Some(OLDEST..FORMAT) => self.make_ours().map_err(refused),
             Some(newer) if newer > FORMAT => Err(Refused::Contents(format!(
                 "it is of version {newer}, and this agent knows versions up to {FORMAT}"
             ))),
@@ -243,13 +260,15 @@ impl Store {
         Ok((known, empty))
     }
 
+    /// Of a file that is empty, or of an older version: an agent of that version sets it aside from
+    /// now on.
     fn make_ours(&self) -> Result<(), redb::Error> {
         let transaction = self.db.begin_write()?;
         transaction.open_table(META)?.insert("format", FORMAT)?;
-        for table in [BINDINGS, TRANSACTIONS, PORTS] {
+        for table in [BINDINGS, TRANSACTIONS, PORTS, ALARMS, PAUSE] {
             transaction.open_table(table)?;
         }
-        transaction.open_table(AUDIT)?;
+        transaction.open_table(INTENTS)?;
         transaction.commit()?;
         Ok(())
     }
@@ -266,19 +285,21 @@ impl Store {
         for row in read.open_table(PORTS)?.iter()? {
             memory.ports.extend(decode(row?.1.value()));
         }
-        let audit = read.open_table(AUDIT)?;
-        self.next_audit = audit.last()?.map_or(0, |(number, _)| number.value() + 1);
-        let mut unknown = Batch::default();
-        for row in audit.iter()? {
-            let entry: Option<AuditEntry> = decode(row?.1.value());
-            let Some(mut entry) = entry else { continue };
-            if entry.outcome == AuditOutcome::Intended {
-                entry.outcome = AuditOutcome::Unknown;
-                unknown.audit(&entry);
-            }
+        for row in read.open_table(ALARMS)?.iter()? {
+            memory.alarms.extend(decode(row?.1.value()));
         }
-        if !unknown.audit.is_empty() {
-            self.write(&unknown)?;
+        for row in read.open_table(PAUSE)?.iter()? {
+            memory.pause = decode(row?.1.value());
+        }
+        let intents = read.open_table(INTENTS)?;
+        let next = read.open_table(META)?.get(NEXT_INTENT)?;
+        let after_last = intents.last()?.map_or(0, |(number, _)| number.value() + 1);
+        self.next_intent = next.map_or(0, |next| next.value()).max(after_last);
+        for row in intents.iter()? {
+            // An agent of before kept the settled ones too.
+            let entry: Option<AuditEntry> = decode(row?.1.value());
+            let intent = entry.filter(|entry| entry.outcome == AuditOutcome::Intended);
+            memory.intents.extend(intent);
         }
         Ok(memory)
     }
@@ -361,7 +382,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
-    use crate::core::{Key, MacAddr, Saved, State};
+    use crate::core::{Key, MacAddr, Origin, Saved, State};
 
     fn now() -> Moment {
         Moment {
@@ -385,6 +406,7 @@ mod tests {
             port: 3,
             port_name: "vm1".to_owned(),
             state: State::Bound,
+            origin: Origin::Wire,
             acked: true,
             seen_alive: false,
             shared: false,
@@ -392,6 +414,7 @@ mod tests {
             expires: None,
             tentative_until: None,
             last_seen: None,
+            released: None,
         }
     }
 
@@ -430,6 +453,44 @@ mod tests {
         let found: Vec<_> = rows.map(|row| row.saved(1, &now())).collect();
         assert_eq!(found, [saved(1), saved(3)]);
         assert_eq!(aside(&dir), 0);
+    }
+
+    #[test]
+    fn a_file_of_the_version_before_is_read_and_brought_up_to_date() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(dir.path());
+        put(&mut store, 1, true);
+        drop(store);
+        let path = dir.path().join(FILE);
+        {
+            let db = Database::create(&path).unwrap();
+            let transaction = db.begin_write().unwrap();
+            transaction.delete_table(ALARMS).unwrap();
+            {
+                let mut meta = transaction.open_table(META).unwrap();
+                meta.insert("format", OLDEST).unwrap();
+                let mut bindings = transaction.open_table(BINDINGS).unwrap();
+                let key = BindingRow::key("br0", saved(1).key);
+                let row = bindings
+                    .remove(key.as_str())
+                    .unwrap()
+                    .unwrap()
+                    .value()
+                    .to_vec();
+                let mut row: serde_json::Value = serde_json::from_slice(&row).unwrap();
+                let later = row.as_object_mut().unwrap().remove("released");
+                assert!(later.is_some());
+                let row = serde_json::to_vec(&row).unwrap();
+                bindings.insert(key.as_str(), row.as_slice()).unwrap();
+            }
+            transaction.commit().unwrap();
+        }
+        let (store, memory) = open(dir.path());
+        let rows = memory.bindings.into_iter();
+        let found: Vec<_> = rows.map(|row| row.saved(1, &now())).collect();
+        assert_eq!((found, memory.alarms), (vec![saved(1)], vec![]));
+        assert_eq!(store.format().ok(), Some((Some(FORMAT), false)));
+        assert_eq!(aside(dir.path()), 0);
     }
 
     #[test]
@@ -537,7 +598,7 @@ mod tests {
     }
 
     #[test]
-    fn the_audit_trail_is_bounded_and_intents_become_unknown() {
+    fn an_intent_is_there_until_its_outcome_is_known_and_numbers_go_on() {
         let dir = tempfile::tempdir().unwrap();
         let (mut store, _) = open(dir.path());
         let entry = |number, outcome| AuditEntry {
@@ -545,33 +606,45 @@ mod tests {
             ts: Timestamp::UNIX_EPOCH,
             ip: Ipv4Addr::new(10, 0, 0, 1),
             mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            client_id: None,
             segment: "br0".to_owned(),
             vlan: 0,
             port: "vm1".to_owned(),
             server: Ipv4Addr::new(10, 0, 0, 254),
             server_mac: None,
+            acked: true,
+            seen_alive: false,
+            lease_expires_at: None,
+            port_lost: None,
             silent_since: Timestamp::UNIX_EPOCH,
-            silent_for: std::time::Duration::from_secs(2),
+            silent_for_ms: 2000,
             probes: 3,
             gates: Vec::new(),
             xid: 7,
+            verdict: None,
+            order: None,
             outcome,
         };
-        let mut batch = Batch::default();
-        for _ in 0..AUDIT_ENTRIES + 5 {
-            batch.audit(&entry(store.next_audit(), AuditOutcome::Sent));
+        let put = |store: &mut Store, number, outcome| {
+            let mut batch = Batch::default();
+            batch.intent(&entry(number, outcome));
+            store.commit(&batch).unwrap();
+        };
+        for _ in 0..3 {
+            let number = store.next_intent();
+            put(&mut store, number, AuditOutcome::Intended);
         }
-        store.commit(&batch).unwrap();
-        let mut batch = Batch::default();
-        batch.audit(&entry(store.next_audit(), AuditOutcome::Intended));
-        store.commit(&batch).unwrap();
+        put(&mut store, 1, AuditOutcome::Sent);
         drop(store);
-        let (mut store, _) = open(dir.path());
-        let entries = store.audit().unwrap();
-        assert_eq!(entries.len() as u64, AUDIT_ENTRIES);
-        assert_eq!(entries.first().unwrap().number, 6);
-        assert_eq!(entries.last().unwrap().outcome, AuditOutcome::Unknown);
-        assert_eq!(store.next_audit(), AUDIT_ENTRIES + 6);
+        let (mut store, memory) = open(dir.path());
+        let open_ones = [0, 2].map(|number| entry(number, AuditOutcome::Intended));
+        assert_eq!(memory.intents, open_ones);
+        for number in [0, 2] {
+            put(&mut store, number, AuditOutcome::Unknown);
+        }
+        drop(store);
+        let (mut store, memory) = open(dir.path());
+        assert_eq!((memory.intents, store.next_intent()), (vec![], 3));
     }
 
     /// `cargo test --release -- --ignored --nocapture what_a_commit_costs`, with TMPDIR on a disk.

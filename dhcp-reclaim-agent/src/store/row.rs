@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Moment;
 use crate::core::{
-    IfIndex, Key, MacAddr, Port, Role, Saved, SavedTransaction, SegmentId, State, Time,
-    TransactionId, Vlan,
+    AlarmId, IfIndex, Key, MacAddr, Origin, Outcome, Port, Role, Saved, SavedAlarm, SavedRelease,
+    SavedTransaction, SegmentId, State, Time, TransactionId, Vlan,
     binding::{Ask, Doubt},
 };
 
@@ -33,6 +33,8 @@ pub struct BindingRow {
     ifindex: IfIndex,
     port: String,
     state: State,
+    #[serde(default)]
+    origin: Origin,
     acked: bool,
     seen_alive: bool,
     #[serde(default)]
@@ -41,7 +43,18 @@ pub struct BindingRow {
     expires: Option<u64>,
     tentative_until: Option<u64>,
     last_seen: Option<u64>,
+    #[serde(default)]
+    released: Option<ReleasedRow>,
     written: Written,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct ReleasedRow {
+    at: u64,
+    silent_since: u64,
+    outcome: Outcome,
+    vigil_until: Option<u64>,
+    alarmed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +63,7 @@ enum DoubtRow {
     Ambiguous,
     RecordsLost(u64),
     Conflict(u64),
+    Contested,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +78,16 @@ pub struct TransactionRow {
     client_id: Option<Vec<u8>>,
     ambiguous: bool,
     poisoned: bool,
+    boot: String,
+}
+
+/// A MAC whose released address was alive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AlarmRow {
+    pub bridge: String,
+    mac: MacAddr,
+    ifindex: IfIndex,
+    port: String,
     boot: String,
 }
 
@@ -118,6 +142,7 @@ impl BindingRow {
             ifindex: saved.port,
             port: saved.port_name,
             state: saved.state,
+            origin: saved.origin,
             acked: saved.acked,
             seen_alive: saved.seen_alive,
             shared: saved.shared,
@@ -125,10 +150,18 @@ impl BindingRow {
                 Doubt::Ambiguous => DoubtRow::Ambiguous,
                 Doubt::RecordsLost(at) => DoubtRow::RecordsLost(at.as_nanos()),
                 Doubt::Conflict(at) => DoubtRow::Conflict(at.as_nanos()),
+                Doubt::Contested => DoubtRow::Contested,
             }),
             expires: nanos(saved.expires),
             tentative_until: nanos(saved.tentative_until),
             last_seen: nanos(saved.last_seen),
+            released: saved.released.map(|released| ReleasedRow {
+                at: released.at.as_nanos(),
+                silent_since: released.silent_since.as_nanos(),
+                outcome: released.outcome,
+                vigil_until: nanos(released.vigil_until),
+                alarmed: released.alarmed,
+            }),
             written: Written::now(now),
         }
     }
@@ -157,6 +190,7 @@ impl BindingRow {
             port: if same_boot { self.ifindex } else { 0 },
             port_name: self.port,
             state: self.state,
+            origin: self.origin,
             acked: self.acked,
             seen_alive: self.seen_alive,
             shared: self.shared,
@@ -164,10 +198,18 @@ impl BindingRow {
                 DoubtRow::Ambiguous => Doubt::Ambiguous,
                 DoubtRow::RecordsLost(at) => Doubt::RecordsLost(past(at)),
                 DoubtRow::Conflict(at) => Doubt::Conflict(past(at)),
+                DoubtRow::Contested => Doubt::Contested,
             }),
             expires: self.expires.map(|at| self.written.ahead(at, now)),
             tentative_until: self.tentative_until.map(|at| self.written.ahead(at, now)),
             last_seen: self.last_seen.filter(|_| same_boot).map(Time::from_nanos),
+            released: self.released.map(|released| SavedRelease {
+                at: past(released.at),
+                silent_since: past(released.silent_since),
+                outcome: released.outcome,
+                vigil_until: released.vigil_until.map(|at| self.written.ahead(at, now)),
+                alarmed: released.alarmed,
+            }),
         }
     }
 }
@@ -209,6 +251,37 @@ impl TransactionRow {
             client_id: self.client_id,
             ambiguous: self.ambiguous,
             poisoned: self.poisoned,
+        }
+    }
+}
+
+impl AlarmRow {
+    pub fn key(bridge: &str, id: AlarmId) -> String {
+        format!("{bridge}/{}", id.mac)
+    }
+
+    pub fn new(bridge: &str, saved: SavedAlarm, now: &Moment) -> Self {
+        Self {
+            bridge: bridge.to_owned(),
+            mac: saved.id.mac,
+            ifindex: saved.port,
+            port: saved.port_name,
+            boot: now.boot.clone(),
+        }
+    }
+
+    pub fn saved(self, segment: SegmentId, now: &Moment) -> SavedAlarm {
+        SavedAlarm {
+            id: AlarmId {
+                segment,
+                mac: self.mac,
+            },
+            port: if self.boot == now.boot {
+                self.ifindex
+            } else {
+                0
+            },
+            port_name: self.port,
         }
     }
 }
@@ -264,6 +337,7 @@ mod tests {
             port: 11,
             port_name: "vm1".to_owned(),
             state: State::Silent,
+            origin: Origin::Imported,
             acked: true,
             seen_alive: true,
             shared: false,
@@ -271,6 +345,13 @@ mod tests {
             expires: Some(Time::from_nanos(4_600_000_000_000)),
             tentative_until: None,
             last_seen: Some(Time::from_nanos(990_000_000_000)),
+            released: Some(SavedRelease {
+                at: Time::from_nanos(960_000_000_000),
+                silent_since: Time::from_nanos(950_000_000_000),
+                outcome: Outcome::Ignored,
+                vigil_until: Some(Time::from_nanos(1_020_000_000_000)),
+                alarmed: true,
+            }),
         }
     }
 
@@ -295,6 +376,27 @@ mod tests {
         assert_eq!(seconds(saved.expires), 30 + 3000);
         assert_eq!((saved.port, saved.last_seen), (0, None));
         assert_eq!(saved.doubt, Some(Doubt::Conflict(now.monotonic)));
+        let released = saved.released.unwrap();
+        let now = Some(now.monotonic);
+        assert_eq!((Some(released.at), released.vigil_until), (now, now));
+    }
+
+    #[test]
+    fn an_alarm_keeps_its_mac_through_a_reboot_and_its_port_through_a_restart() {
+        let id = AlarmId {
+            segment: 1,
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+        };
+        let saved = SavedAlarm {
+            id,
+            port: 11,
+            port_name: "vm1".to_owned(),
+        };
+        let row = AlarmRow::new("br0", saved.clone(), &moment("a", 1000, 0));
+        let again = row.clone().saved(1, &moment("a", 2000, 0));
+        assert_eq!(again, saved);
+        let again = row.saved(1, &moment("b", 30, 0));
+        assert_eq!((again.id, again.port), (id, 0));
     }
 
     #[test]

@@ -1,0 +1,153 @@
+//! Bridges that filter VLANs: a port's untagged frames belong to a VLAN of its own there.
+//!
+//! A lease is kept by the bridge's VLAN, not by the tag that its frames happen to carry on one port.
+
+use std::collections::BTreeMap;
+
+use tracing::{info, warn};
+
+use super::Agent;
+use crate::{
+    core::{Event, IfIndex, SegmentId, Vlan, Vlans},
+    ports::VlanFiltering,
+};
+
+/// What is known of the VLANs of ports, and of bridges themselves.
+#[derive(Debug, Default)]
+pub(super) struct PortVlans {
+    links: BTreeMap<IfIndex, Vlans>,
+    /// Bridges that filter, and whether by 802.1Q.
+    filtering: BTreeMap<IfIndex, VlanFiltering>,
+}
+
+impl PortVlans {
+    /// A port that has left its bridge, or a bridge that is gone.
+    pub(super) fn forget(&mut self, ifindex: IfIndex) {
+        self.links.remove(&ifindex);
+        self.filtering.remove(&ifindex);
+    }
+
+    /// The tag that a frame of `vlan` leaves by `link` with, a port of the bridge or the bridge
+    /// itself; zero for none, `None` if it does not leave there.
+    pub(super) fn tag(&self, bridge: IfIndex, link: IfIndex, vlan: Vlan) -> Option<Vlan> {
+        if !self.filtering.contains_key(&bridge) {
+            return Some(vlan);
+        }
+        self.links.get(&link)?.tag(vlan)
+    }
+
+    /// What the port's untagged frames belong to; zero: to none.
+    fn pvid(&self, bridge: IfIndex, port: IfIndex) -> Vlan {
+        match self.filtering.get(&bridge) {
+            Some(VlanFiltering::Customer) => self.links.get(&port).map_or(0, |vlans| vlans.pvid),
+            Some(VlanFiltering::Service | VlanFiltering::Off) | None => 0,
+        }
+    }
+}
+
+impl Agent {
+    pub(super) async fn bridge_vlans(&mut self, bridge: IfIndex, filtering: VlanFiltering) {
+        let Some(segment) = self.segments.by_ifindex(bridge) else {
+            return;
+        };
+        let before = match filtering {
+            VlanFiltering::Off => self.vlans.filtering.remove(&bridge),
+            VlanFiltering::Customer | VlanFiltering::Service => {
+                self.vlans.filtering.insert(bridge, filtering)
+            }
+        };
+        if before.unwrap_or_default() != filtering {
+            let name = self.segments.name(segment).unwrap_or("?");
+            info!(
+                bridge = name,
+                ?filtering,
+                "VLANs are filtered in another way"
+            );
+        }
+        for port in self.ports_of(segment) {
+            self.apply_pvid(port);
+            if before.unwrap_or_default() != filtering {
+                self.tell(Event::PvidChanged { port }).await;
+            }
+        }
+        self.tell_vlans(segment).await;
+    }
+
+    pub(super) async fn vlans_of(&mut self, ifindex: IfIndex, vlans: Vlans) {
+        let segment = match self.segments.by_ifindex(ifindex) {
+            Some(segment) => Some(segment),
+            None => self
+                .watched
+                .get(&ifindex)
+                .map(|watched| watched.port.segment),
+        };
+        let bridge = segment.and_then(|segment| self.segments.bridge(segment));
+        let pvid = |vlans: &PortVlans| bridge.map_or(0, |b| vlans.pvid(b.ifindex, ifindex));
+        let before = pvid(&self.vlans);
+        self.vlans.links.insert(ifindex, vlans);
+        let after = pvid(&self.vlans);
+        let Some(segment) = segment else {
+            // It is told before its port.
+            return;
+        };
+        if self.watched.contains_key(&ifindex) && before != after {
+            self.apply_pvid(ifindex);
+            self.tell(Event::PvidChanged { port: ifindex }).await;
+        }
+        self.tell_vlans(segment).await;
+    }
+
+    pub(super) fn apply_pvid(&mut self, port: IfIndex) {
+        let segment = self.watched.get(&port).map(|watched| watched.port.segment);
+        if let Some(bridge) = segment.and_then(|segment| self.segments.bridge(segment)) {
+            self.kernel
+                .set_pvid(port, self.vlans.pvid(bridge.ifindex, port));
+        }
+    }
+
+    pub(super) fn filters_vlans(&self, segment: SegmentId) -> bool {
+        let bridge = self.segments.bridge(segment);
+        bridge.is_some_and(|bridge| self.vlans.filtering.contains_key(&bridge.ifindex))
+    }
+
+    fn ports_of(&self, segment: SegmentId) -> Vec<IfIndex> {
+        let watched = self.watched.values().map(|watched| &watched.port);
+        let ports = watched.filter(|port| port.segment == segment);
+        ports.map(|port| port.ifindex).collect()
+    }
+
+    /// What the core must know: where the bridge itself can send, and what cannot be told apart.
+    async fn tell_vlans(&mut self, segment: SegmentId) {
+        let Some(bridge) = self.segments.bridge(segment) else {
+            return;
+        };
+        let name = self.segments.name(segment).unwrap_or("?");
+        let filtering = self.vlans.filtering.get(&bridge.ifindex).copied();
+        let tunnel = self.ports_of(segment).into_iter().any(|port| {
+            self.vlans
+                .links
+                .get(&port)
+                .is_some_and(|vlans| vlans.tunnel)
+        });
+        let reason = match filtering {
+            Some(VlanFiltering::Service) => Some(format!(
+                "{name} has vlan_filtering 1 by 802.1ad tags, which are not followed: nothing on it is \
+                 released"
+            )),
+            Some(VlanFiltering::Customer) if tunnel => Some(format!(
+                "{name} has vlan_filtering 1 and a port with vlan_tunnel, whose VLANs are not followed: \
+                 nothing on it is released"
+            )),
+            Some(VlanFiltering::Customer | VlanFiltering::Off) | None => None,
+        };
+        if let Some(reason) = &reason {
+            warn!(bridge = name, "{reason}");
+        }
+        self.tell(Event::SegmentHeld { segment, reason }).await;
+        let own = filtering.map(|_| {
+            let links = &self.vlans.links;
+            links.get(&bridge.ifindex).cloned().unwrap_or_default()
+        });
+        self.tell(Event::SegmentVlans { segment, own }).await;
+    }
+}
