@@ -14,15 +14,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use nix::unistd::Pid;
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    clock::{Deadline, now},
+    clock::{Deadline, now, slowness},
     fixture::{BRIDGE, Mac, UPLINK},
     netns::NetNs,
     process::Process,
-    sandbox::{BPFFS, DIR, run},
+    sandbox::{BPFFS, DIR, find as find_program, run},
     server::Place,
     watch::{tail, until},
 };
@@ -32,6 +33,15 @@ pub const BIN: &str = "DHCP_RECLAIM_BIN";
 
 /// Where the agent of a sandbox keeps its memory.
 pub const STATE: &str = "/run/lab/state";
+
+const TIMES: [&str; 6] = [
+    "--silence",
+    "--probe-interval",
+    "--hold-down",
+    "--hold-down-uplink",
+    "--hold-down-silent",
+    "--settle",
+];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
@@ -54,6 +64,11 @@ pub struct Setup {
     name: String,
     /// Of the node that it runs on, if that is not the sandbox's own.
     netns: Option<String>,
+    /// Another build than the one under test.
+    program: Option<PathBuf>,
+    env: Vec<(&'static str, OsString)>,
+    /// The only ones that it may have, as setpriv(1) names them.
+    capabilities: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -78,6 +93,33 @@ pub struct Event {
     pub json: Value,
 }
 
+/// What a command said, and how it ended.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Answer {
+    pub fn of(command: &mut Command) -> Result<Self> {
+        let output = command.output().context("cannot run the agent's binary")?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok(Self {
+            code: output.status.code().context("killed")?,
+            out: text(&output.stdout),
+            err: text(&output.stderr),
+        })
+    }
+}
+
+/// `300ms` or `2s`, as long as it has to be here; `None` for what is no such time.
+fn scaled_time(text: &str) -> Option<String> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
+    let number: u32 = number.parse().ok()?;
+    Some(format!("{}{unit}", number.checked_mul(slowness())?))
+}
+
 /// What `dhcp-reclaim events --follow` says, from its start on.
 struct Events {
     follower: Child,
@@ -98,6 +140,9 @@ impl Setup {
             state: STATE.into(),
             name: "agent".to_owned(),
             netns: None,
+            program: None,
+            env: Vec::new(),
+            capabilities: None,
         }
         .args(&["--bridge", BRIDGE, "--bpffs", BPFFS]);
         if place == Place::Remote {
@@ -130,8 +175,17 @@ impl Setup {
         ])
     }
 
+    /// More arguments. Times that a death takes are as long as everything else on this machine.
     pub fn args(mut self, args: &[&str]) -> Self {
-        self.args.extend(args.iter().map(OsString::from));
+        for arg in args {
+            let flag = self.args.last().and_then(|flag| flag.to_str());
+            let scaled = flag
+                .is_some_and(|flag| TIMES.contains(&flag))
+                .then(|| scaled_time(arg))
+                .flatten();
+            self.args
+                .push(scaled.unwrap_or_else(|| (*arg).to_owned()).into());
+        }
         self
     }
 
@@ -165,15 +219,39 @@ impl Setup {
         self
     }
 
+    /// Another build than the one under test.
+    pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.program = Some(path.into());
+        self
+    }
+
+    /// A variable in its environment.
+    pub fn env(mut self, name: &'static str, value: impl Into<OsString>) -> Self {
+        self.env.push((name, value.into()));
+        self
+    }
+
+    /// Without any other capabilities than these, `net_admin` and so on.
+    pub fn capabilities(mut self, names: &[String]) -> Self {
+        let kept = names.iter().map(|name| format!(",+{name}"));
+        self.capabilities = Some(format!("-all{}", kept.collect::<String>()));
+        self
+    }
+
     pub fn command(&self) -> Result<Command> {
-        let mut command = match &self.netns {
-            None => Command::new(binary()?),
-            Some(netns) => {
-                let mut command = Command::new("/usr/bin/nsenter");
-                command.arg(format!("--net={netns}")).arg(binary()?);
-                command
-            }
-        };
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(netns) = &self.netns {
+            words.extend(["/usr/bin/nsenter".into(), format!("--net={netns}").into()]);
+        }
+        if let Some(kept) = &self.capabilities {
+            let setpriv = find_program("setpriv").context("there is no setpriv (util-linux)")?;
+            words.extend([setpriv.into(), format!("--bounding-set={kept}").into()]);
+        }
+        let program = self.program.clone();
+        words.push(program.map_or_else(binary, Ok)?.into());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command.arg("run").args(&self.args);
         command.arg("--control").arg(&self.control);
         command.arg("--state").arg(&self.state);
@@ -389,10 +467,21 @@ impl Agent {
         self.process.log()
     }
 
+    pub fn pid(&self) -> Pid {
+        self.process.pid()
+    }
+
     /// What a command answers, for people.
     pub fn ask_text(&self, args: &[&str]) -> Result<String> {
         let mut command = Command::new(binary()?);
         run(command.args(args).arg("--control").arg(&self.control))
+    }
+
+    /// A command's answer, whatever it is.
+    pub fn output(&self, args: &[&str]) -> Result<Answer> {
+        let mut command = Command::new(binary()?);
+        let output = command.args(args).arg("--control").arg(&self.control);
+        Answer::of(output.stdin(Stdio::null()))
     }
 
     pub fn control(&self) -> &Path {

@@ -36,7 +36,7 @@ pub struct Crowd {
     node: NetNs,
     socket: OwnedFd,
     // The far end of the port lives as long as this.
-    _netns: NetNs,
+    netns: NetNs,
 }
 
 /// How clients come to their leases.
@@ -73,8 +73,22 @@ impl Crowd {
             port: port.to_owned(),
             node: node.netns.try_clone()?,
             socket,
-            _netns: netns,
+            netns,
         })
+    }
+
+    /// What comes to the clients, with a read that gives up after some milliseconds.
+    pub fn receive(&self, buffer: &mut [u8]) -> Result<usize> {
+        match recv(self.socket.as_raw_fd(), buffer, MsgFlags::empty()) {
+            Ok(length) => Ok(length),
+            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => Ok(0),
+            Err(error) => Err(error).context("cannot listen"),
+        }
+    }
+
+    /// Where the clients are.
+    pub fn netns(&self) -> &NetNs {
+        &self.netns
     }
 
     pub fn name(&self) -> &str {
@@ -145,11 +159,10 @@ impl Crowd {
 
     fn answer(&self) -> Result<Option<crate::wire::Dhcp>> {
         let mut buffer = [0; 2048];
-        let length = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-            Ok(length) => length,
-            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => return Ok(None),
-            Err(error) => return Err(error).context("cannot listen"),
-        };
+        let length = self.receive(&mut buffer)?;
+        if length == 0 {
+            return Ok(None);
+        }
         let frame = Frame {
             vlan: None,
             at: crate::clock::now(),

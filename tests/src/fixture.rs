@@ -7,6 +7,8 @@ pub const BRIDGE: &str = "br0";
 pub const UPLINK: &str = "uplink0";
 /// What a VM, and a server in its own namespace, call their only link.
 pub const NIC: &str = "eth0";
+/// What its link is on, where that tags its frames.
+pub const TRUNK: &str = "trunk0";
 
 pub const BRIDGE_MAC: Mac = Mac([0x02, 0xdc, 0, 0, 0, 0x01]);
 pub const UPLINK_MAC: Mac = Mac([0x02, 0xdc, 0, 0, 0, 0x02]);

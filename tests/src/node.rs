@@ -2,12 +2,15 @@
 use anyhow::Result;
 
 use crate::{
-    fixture::{BRIDGE, BRIDGE_MAC, Mac, UPLINK},
+    fixture::{BRIDGE, BRIDGE_MAC, Mac, NIC, TRUNK, UPLINK},
     netns::NetNs,
 };
 
 pub struct Node {
     pub netns: NetNs,
+    /// Guests and servers of this node put their frames into this VLAN themselves (802.1Q); the
+    /// bridge hands them on as they are.
+    pub vlan: Option<u16>,
 }
 
 impl Node {
@@ -24,7 +27,7 @@ impl Node {
 
     /// A namespace that becomes a node: a VM with VMs of its own.
     pub fn within(netns: NetNs, bridge_mac: Mac) -> Result<Self> {
-        let node = Self { netns };
+        let node = Self { netns, vlan: None };
         node.add_bridge()?;
         node.netns
             .ip(&format!("link set {BRIDGE} address {bridge_mac}"))?;
@@ -45,10 +48,19 @@ impl Node {
         ))
     }
 
+    /// A node whose guests and servers are in this VLAN.
+    pub fn tagged(vlan: u16) -> Result<Self> {
+        let node = Self::new()?;
+        Ok(Self {
+            vlan: Some(vlan),
+            ..node
+        })
+    }
+
     pub fn without_bridge() -> Result<Self> {
         let netns = NetNs::current()?;
         netns.init()?;
-        Ok(Self { netns })
+        Ok(Self { netns, vlan: None })
     }
 
     pub fn add_bridge(&self) -> Result<()> {
@@ -57,4 +69,23 @@ impl Node {
              link set {BRIDGE} up"
         ))
     }
+}
+
+/// What a guest or a server calls the far end of its cable.
+pub(crate) fn cable_end(vlan: Option<u16>) -> &'static str {
+    match vlan {
+        Some(_) => TRUNK,
+        None => NIC,
+    }
+}
+
+/// Makes the link that tags, if there is to be one, on the far end of a cable.
+pub(crate) fn tag(netns: &NetNs, vlan: Option<u16>) -> Result<()> {
+    let Some(vlan) = vlan else {
+        return Ok(());
+    };
+    netns.ip(&format!(
+        "link set {TRUNK} up
+         link add link {TRUNK} name {NIC} type vlan id {vlan}"
+    ))
 }

@@ -66,6 +66,16 @@ impl Process {
         .with_context(|| tail(&self.log(), 15))
     }
 
+    /// Waits until the log shows `sign` so many times: it goes on where another process of the name ended.
+    pub fn wait_log_nth(&mut self, sign: &str, times: usize, timeout: Duration) -> Result<()> {
+        let dir = self.log.with_file_name("");
+        let what = format!("{} says {sign:?} {times} times", self.name);
+        until(&dir, timeout, &what, || {
+            self.check_alive()?;
+            Ok((self.log().matches(sign).count() >= times).then_some(()))
+        })
+    }
+
     /// An error, with the log's tail, once the process has ended.
     pub fn check_alive(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {

@@ -13,6 +13,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -30,7 +31,7 @@ use nix::{
     unistd::{Pid, Uid},
 };
 
-use crate::clock::Deadline;
+use crate::clock::{Deadline, scaled};
 
 /// Set for the first process of a sandbox; its value tells one sandbox from another.
 pub const MARK: &str = "DHCP_RECLAIM_LAB";
@@ -250,6 +251,7 @@ fn run_here(path: &str, body: impl FnOnce() -> Result<()>) {
 fn run_again(path: &str, timeout: Duration) -> Result<()> {
     use std::io::{BufRead as _, BufReader};
 
+    let timeout = scaled(timeout);
     let (reader, writer) = std::io::pipe().context("pipe")?;
     let mut args: Vec<OsString> = [path, "--exact", "--nocapture", "--test-threads=1"]
         .map(OsString::from)
@@ -289,6 +291,9 @@ fn run_again(path: &str, timeout: Duration) -> Result<()> {
 /// A foreign program, copied into the sandbox: a host's AppArmor profile is bound to its path, and
 /// would keep it from the lab's files.
 pub fn foreign(program: &str) -> Result<PathBuf> {
+    // One copies it, and whoever else wants it waits.
+    static COPYING: Mutex<()> = Mutex::new(());
+    let _turn = COPYING.lock().unwrap_or_else(PoisonError::into_inner);
     let copy = Path::new(DIR).join("bin").join(program);
     if copy.exists() {
         return Ok(copy);

@@ -6,10 +6,10 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     agent::{Agent, Hook},
-    fixture::{BRIDGE, NIC, SERVER_IP},
+    fixture::{NIC, SERVER_IP, vm_mac},
     forge::Nic,
     server::{Place, ServerKind},
-    vm::{KillKind, Vm},
+    vm::{Client, Station, Vm},
     wire::{Capture, Dhcp, Frame, RELEASE},
     world::{PATIENCE, World},
 };
@@ -36,29 +36,34 @@ impl Scene {
 
     pub fn in_world(world: World, args: &[&str]) -> Result<Self> {
         let agent = world.agent(Hook::Tc).quick().args(args).start()?;
-        let link = match world.server.place {
-            Place::Remote => NIC,
-            Place::Local => BRIDGE,
-        };
-        let wire = Capture::start(world.server.netns(), link)?;
+        let wire = Capture::start(world.server.netns(), world.server.place.link())?;
         Ok(Self { agent, wire, world })
     }
 
     /// Boots VM `number` and returns once the server and the agent know its lease.
     pub fn living(&self, number: u8) -> Result<(Vm, Ipv4Addr)> {
-        let vm = self.world.boot(number)?;
+        let mut vm = Vm::off(&self.world.node, &format!("vm{number}"), vm_mac(number))?;
+        self.boot(&mut vm, Client::Udhcpc)?;
         let ip = self.lives(&vm)?;
         Ok((vm, ip))
     }
 
+    /// Plugs a VM in and starts its client once the agent watches the port: on a loaded machine an
+    /// answer could come before that, and would be missed.
+    pub fn boot(&self, vm: &mut Vm, client: Client) -> Result<()> {
+        vm.plug_in()?;
+        self.agent.wait_port_event("port-up", &vm.name, PATIENCE)?;
+        vm.start_client(client)
+    }
+
     /// Waits until the server and the agent know the lease of a VM that was booted.
-    pub fn lives(&self, vm: &Vm) -> Result<Ipv4Addr> {
-        let ip = vm.wait_lease(PATIENCE)?;
-        self.world.server.wait_lease(ip, vm.mac, PATIENCE)?;
+    pub fn lives(&self, vm: &impl Station) -> Result<Ipv4Addr> {
+        let ip = vm.wait_booted()?;
+        self.world.server.wait_lease(ip, vm.mac(), PATIENCE)?;
         vm.ping(SERVER_IP)?;
         self.agent.wait("the learned lease", PATIENCE, |event| {
             event.ip == Some(ip)
-                && event.json["mac"] == vm.mac.to_string()
+                && event.json["mac"] == vm.mac().to_string()
                 && ["bound", "renewed"].contains(&event.name.as_str())
         })?;
         Ok(ip)
@@ -70,9 +75,15 @@ impl Scene {
     }
 
     /// Ends a VM, and waits until the server has its address back: all of the machinery runs.
-    pub fn dies(&self, vm: &mut Vm, ip: Ipv4Addr) -> Result<()> {
-        vm.kill(KillKind::PortDeleted)?;
+    pub fn dies(&self, vm: &mut impl Station, ip: Ipv4Addr) -> Result<()> {
+        vm.die()?;
         self.freed(ip)
+    }
+
+    /// Somebody else dies and is reclaimed: longer than a hold-down, and all works.
+    pub fn meanwhile(&self, number: u8) -> Result<()> {
+        let (mut vm, ip) = self.living(number)?;
+        self.dies(&mut vm, ip)
     }
 
     pub fn freed(&self, ip: Ipv4Addr) -> Result<()> {
@@ -99,16 +110,16 @@ impl Scene {
     }
 
     /// The server still has the lease, and nobody has tried to take it away.
-    pub fn unharmed(&self, vm: &Vm, ip: Ipv4Addr) -> Result<()> {
+    pub fn unharmed(&self, vm: &impl Station, ip: Ipv4Addr) -> Result<()> {
         let releases = self.releases(ip);
         ensure!(releases.is_empty(), "a RELEASE of {ip}: {releases:?}");
         let leases = self.world.server.leases()?;
         ensure!(
             leases
                 .iter()
-                .any(|lease| lease.ip == ip && lease.mac == vm.mac),
+                .any(|lease| lease.ip == ip && lease.mac == vm.mac()),
             "the server's lease of {ip} to {} is gone: {leases:?}",
-            vm.mac,
+            vm.mac(),
         );
         Ok(())
     }

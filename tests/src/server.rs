@@ -3,7 +3,7 @@ use std::{
     collections::BTreeMap,
     fmt, fs,
     net::Ipv4Addr,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -19,7 +19,7 @@ use crate::{
         BRIDGE, LEASE_SECONDS, Mac, NIC, PREFIX, SERVER_IP, SERVER_MAC, UPLINK, UPLINK_MAC, pool_ip,
     },
     netns::NetNs,
-    node::Node,
+    node::{Node, cable_end, tag},
     process::Process,
     sandbox::{DIR, foreign},
     watch::{tail, until},
@@ -38,6 +38,18 @@ pub enum Place {
     Remote,
     /// On this node, at the bridge's own address.
     Local,
+    /// There too, and run as libvirt runs it for its networks: dnsmasq, in libvirt's own way.
+    Libvirt,
+}
+
+impl Place {
+    /// What the server listens at, in its namespace.
+    pub fn link(self) -> &'static str {
+        match self {
+            Self::Remote => NIC,
+            Self::Local | Self::Libvirt => BRIDGE,
+        }
+    }
 }
 
 /// An active lease, as the server's store has it.
@@ -55,6 +67,8 @@ pub struct Pool {
     pub prefix: u8,
     /// Whether it answers lease queries (RFC 4388): ISC dhcpd only.
     pub leasequery: bool,
+    /// T1 in seconds (option 58), instead of the server's own.
+    pub renewal: Option<u32>,
 }
 
 impl Pool {
@@ -65,6 +79,7 @@ impl Pool {
             last: pool_ip(count.saturating_sub(1)),
             prefix: PREFIX,
             leasequery: false,
+            renewal: None,
         }
     }
 
@@ -75,6 +90,7 @@ impl Pool {
             last: Ipv4Addr::new(10, 67, 9, 255),
             prefix: 16,
             leasequery: false,
+            renewal: None,
         }
     }
 
@@ -112,32 +128,30 @@ impl Server {
     ) -> Result<Self> {
         let prefix = pool.prefix;
         let (netns, link) = match place {
-            Place::Remote => (behind_uplink(node, prefix)?, NIC),
-            Place::Local => {
+            Place::Remote => (behind_uplink(node, prefix)?, NIC.to_owned()),
+            Place::Local | Place::Libvirt => {
+                let mut link = BRIDGE.to_owned();
+                if let Some(vlan) = node.vlan {
+                    link = format!("{BRIDGE}.{vlan}");
+                    node.netns.ip(&format!(
+                        "link add link {BRIDGE} name {link} type vlan id {vlan}
+                         link set {link} up"
+                    ))?;
+                }
                 // Kea opens no socket on a bridge without carrier, so one port is always there.
                 node.netns.ip(&format!(
-                    "addr add {SERVER_IP}/{prefix} dev {BRIDGE}
+                    "addr add {SERVER_IP}/{prefix} dev {link}
                      link add idle0 type veth peer name idle1
                      link set idle0 master {BRIDGE}
                      link set idle0 up
                      link set idle1 up"
                 ))?;
-                (NetNs::current()?, BRIDGE)
+                (NetNs::current()?, link)
             }
         };
+        let link = link.as_str();
         let dir = Path::new(DIR).join("server");
-        fs::create_dir_all(&dir)?;
-        let (store, mut process) = match kind {
-            ServerKind::Dnsmasq => dnsmasq(&dir, &netns, link, &pool, args)?,
-            ServerKind::Kea => kea(&dir, &netns, link, &pool)?,
-            ServerKind::Isc => isc(&dir, &netns, link, &pool)?,
-        };
-        let ready: &[&str] = match kind {
-            ServerKind::Dnsmasq => &["DHCP, sockets bound"],
-            ServerKind::Kea => &["DHCP4_STARTED"],
-            ServerKind::Isc => &["Server starting service."],
-        };
-        process.wait_log(ready, Duration::from_secs(15))?;
+        let (store, process) = launch(kind, place, &dir, &netns, link, &pool, args)?;
         Ok(Self {
             kind,
             place,
@@ -147,19 +161,50 @@ impl Server {
         })
     }
 
+    /// Ends it, and starts in its place one at another address that knows of no lease: dnsmasq, for a
+    /// server elsewhere. It is the judge from then on.
+    pub fn succeed(&mut self, ip: Ipv4Addr, pool: Pool, args: &[&str]) -> Result<()> {
+        self.process.kill();
+        self.netns.ip(&format!(
+            "addr flush dev {NIC}
+             addr add {ip}/{} dev {NIC}",
+            pool.prefix,
+        ))?;
+        self.kind = ServerKind::Dnsmasq;
+        let dir = Path::new(DIR).join("successor");
+        (self.store, self.process) =
+            launch(self.kind, self.place, &dir, &self.netns, NIC, &pool, args)?;
+        Ok(())
+    }
+
     /// The namespace that the server listens in.
     pub fn netns(&self) -> &NetNs {
         &self.netns
     }
 
+    /// The file with its leases, in its own format.
+    pub fn store(&self) -> &Path {
+        &self.store
+    }
+
     /// The leases that the server's store has as active, sorted by address.
     pub fn leases(&self) -> Result<Vec<Lease>> {
-        let text = self.settled_store()?;
+        self.parse(&self.settled_store()?)
+    }
+
+    /// The same, while the store may be written: a lease that is there may be missing.
+    pub fn glance(&self) -> Result<Vec<Lease>> {
+        let text = fs::read_to_string(&self.store)?;
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        self.parse(&text[..whole])
+    }
+
+    fn parse(&self, text: &str) -> Result<Vec<Lease>> {
         let now = wall().as_secs();
         let mut leases = match self.kind {
-            ServerKind::Dnsmasq => dnsmasq_leases(&text, now),
-            ServerKind::Kea => kea_leases(&text, now),
-            ServerKind::Isc => isc_leases(&text),
+            ServerKind::Dnsmasq => dnsmasq_leases(text, now),
+            ServerKind::Kea => kea_leases(text, now),
+            ServerKind::Isc => isc_leases(text),
         }
         .with_context(|| format!("cannot read {}:\n{text}", self.store.display()))?;
         leases.sort();
@@ -257,6 +302,7 @@ impl fmt::Display for Place {
         f.write_str(match self {
             Self::Remote => "remote",
             Self::Local => "local",
+            Self::Libvirt => "libvirt",
         })
     }
 }
@@ -268,24 +314,54 @@ impl FromStr for Place {
         match text {
             "remote" => Ok(Self::Remote),
             "local" => Ok(Self::Local),
-            other => bail!("{other:?} is none of remote, local"),
+            "libvirt" => Ok(Self::Libvirt),
+            other => bail!("{other:?} is none of remote, local, libvirt"),
         }
     }
 }
 
 fn behind_uplink(node: &Node, prefix: u8) -> Result<NetNs> {
     let netns = NetNs::new()?;
+    let end = cable_end(node.vlan);
     node.netns.ip(&format!(
-        "link add {UPLINK} address {UPLINK_MAC} type veth peer name {NIC} address {SERVER_MAC} netns {}
+        "link add {UPLINK} address {UPLINK_MAC} type veth peer name {end} address {SERVER_MAC} netns {}
          link set {UPLINK} master {BRIDGE}
          link set {UPLINK} up",
         netns.path(),
     ))?;
+    tag(&netns, node.vlan)?;
     netns.ip(&format!(
         "addr add {SERVER_IP}/{prefix} dev {NIC}
          link set {NIC} up"
     ))?;
     Ok(netns)
+}
+
+/// Starts a server and waits until it serves.
+fn launch(
+    kind: ServerKind,
+    place: Place,
+    dir: &Path,
+    netns: &NetNs,
+    link: &str,
+    pool: &Pool,
+    args: &[&str],
+) -> Result<(PathBuf, Process)> {
+    fs::create_dir_all(dir)?;
+    let (store, mut process) = match kind {
+        ServerKind::Dnsmasq if place == Place::Libvirt => libvirt(dir, netns, link, pool, args)?,
+        _ if place == Place::Libvirt => bail!("libvirt runs dnsmasq, not {kind}"),
+        ServerKind::Dnsmasq => dnsmasq(dir, netns, link, pool, args)?,
+        ServerKind::Kea => kea(dir, netns, link, pool)?,
+        ServerKind::Isc => isc(dir, netns, link, pool)?,
+    };
+    let ready: &[&str] = match kind {
+        ServerKind::Dnsmasq => &["DHCP, sockets bound"],
+        ServerKind::Kea => &["DHCP4_STARTED"],
+        ServerKind::Isc => &["Server starting service."],
+    };
+    process.wait_log(ready, Duration::from_secs(15))?;
+    Ok((store, process))
 }
 
 fn dnsmasq(
@@ -325,13 +401,93 @@ fn dnsmasq(
             pool.netmask(),
         ));
     }
+    if let Some(seconds) = pool.renewal {
+        command.arg(format!("--dhcp-option=option:T1,{seconds}"));
+    }
     command.args(args);
     Ok((store, Process::spawn(dir, "dnsmasq", &mut command)?))
 }
 
+/// As libvirt's network driver does it: all but a few things in a file that it writes, and no lease
+/// file of dnsmasq's own; a helper of libvirt's keeps them.
+fn libvirt(
+    dir: &Path,
+    netns: &NetNs,
+    link: &str,
+    pool: &Pool,
+    args: &[&str],
+) -> Result<(PathBuf, Process)> {
+    let at = |name: &str| dir.join(name).display().to_string();
+    let store = dir.join(format!("{link}.status"));
+    for empty in ["default.hostsfile", "default.addnhosts"] {
+        fs::write(dir.join(empty), "")?;
+    }
+    let config = LIBVIRT_CONF
+        .replace("@DIR@", &dir.display().to_string())
+        .replace("@BRIDGE@", link)
+        .replace("@FIRST@", &pool.first.to_string())
+        .replace("@LAST@", &pool.last.to_string())
+        .replace("@NETMASK@", &pool.netmask().to_string())
+        .replace("@SECONDS@", &LEASE_SECONDS.to_string());
+    fs::write(dir.join("default.conf"), config)?;
+    fs::write(&store, "")?;
+    let helper = dir.join("leaseshelper");
+    let text = LEASES_HELPER.replace("@STORE@", &store.display().to_string());
+    fs::write(&helper, text)?;
+    fs::set_permissions(&helper, fs::Permissions::from_mode(0o755))?;
+    let mut command = netns.command(foreign("dnsmasq")?);
+    command
+        .arg(format!("--conf-file={}", at("default.conf")))
+        .arg("--leasefile-ro")
+        .arg(format!("--dhcp-script={}", helper.display()))
+        // It would go to the background and to syslog otherwise, and be a user that cannot see the
+        // lab's files.
+        .args(["--keep-in-foreground", "--log-facility=-", "--log-dhcp"])
+        .arg("--user=root")
+        .args(args);
+    Ok((store, Process::spawn(dir, "dnsmasq", &mut command)?))
+}
+
+const LIBVIRT_CONF: &str = "\
+strict-order
+pid-file=@DIR@/default.pid
+except-interface=lo
+bind-dynamic
+interface=@BRIDGE@
+dhcp-range=@FIRST@,@LAST@,@NETMASK@,@SECONDS@s
+dhcp-no-override
+dhcp-authoritative
+dhcp-lease-max=253
+dhcp-hostsfile=@DIR@/default.hostsfile
+addn-hosts=@DIR@/default.addnhosts
+";
+
+/// What dnsmasq tells of leases, kept in the lines that it wants to be told at its start. libvirt's
+/// own helper keeps the same in JSON.
+const LEASES_HELPER: &str = r#"#!/bin/sh
+set -e
+action=$1 mac=$2 ip=$3 name=${4:-*}
+case "$action" in
+init) exec cat @STORE@ ;;
+add | old | del) ;;
+*) exit 0 ;;
+esac
+{
+    while read -r expiry was_mac was_ip rest; do
+        if [ "$was_ip" != "$ip" ]; then
+            echo "$expiry $was_mac $was_ip $rest"
+        fi
+    done <@STORE@
+    if [ "$action" != del ]; then
+        echo "$DNSMASQ_LEASE_EXPIRES $mac $ip $name ${DNSMASQ_CLIENT_ID:-*}"
+    fi
+} >@STORE@.new
+mv @STORE@.new @STORE@
+"#;
+
 fn kea(dir: &Path, netns: &NetNs, link: &str, pool: &Pool) -> Result<(PathBuf, Process)> {
     let store = dir.join("kea-leases4.csv");
-    let config = json!({"Dhcp4": {
+    let mut config = json!({"Dhcp4": {
         "interfaces-config": {"interfaces": [link], "dhcp-socket-type": "raw"},
         "lease-database": {
             "type": "memfile",
@@ -351,6 +507,9 @@ fn kea(dir: &Path, netns: &NetNs, link: &str, pool: &Pool) -> Result<(PathBuf, P
             "output_options": [{"output": "stdout"}],
         }],
     }});
+    if let Some(seconds) = pool.renewal {
+        config["Dhcp4"]["renew-timer"] = seconds.into();
+    }
     let file = dir.join("kea.json");
     fs::write(&file, serde_json::to_vec_pretty(&config)?)?;
     let mut command = netns.command(foreign("kea-dhcp4")?);
@@ -374,12 +533,16 @@ fn isc(dir: &Path, netns: &NetNs, link: &str, pool: &Pool) -> Result<(PathBuf, P
              authoritative;
              ping-check false;
              {}
+             {}
              subnet {} netmask {} {{ range {} {}; }}\n",
             if pool.leasequery {
                 "allow leasequery;"
             } else {
                 ""
             },
+            pool.renewal
+                .map(|seconds| format!("option dhcp-renewal-time {seconds};"))
+                .unwrap_or_default(),
             pool.subnet(),
             pool.netmask(),
             pool.first,

@@ -17,13 +17,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
 use crate::{
+    boot::kernel::running,
     clock::now,
     fixture::{BRIDGE, Mac, NIC, PREFIX},
     netns::NetNs,
-    node::Node,
+    node::{Node, cable_end, tag},
     process::Process,
-    sandbox::{DIR, foreign, run},
+    sandbox::{DIR, foreign, run, skip},
     watch::{tail, until},
+    world::PATIENCE,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,23 @@ pub enum Client {
     Dhclient,
     Dhcpcd,
     Networkd,
+}
+
+/// What lives behind a port, as far as its neighbours and whoever waits for its lease are concerned.
+pub trait Station {
+    fn name(&self) -> &str;
+    fn mac(&self) -> Mac;
+    /// Waits until it has booted and been given an address.
+    fn wait_booted(&self) -> Result<Ipv4Addr>;
+    /// The address that it was given last.
+    fn lease(&self) -> Option<Ipv4Addr>;
+    fn ping(&self, to: Ipv4Addr) -> Result<()>;
+    /// Ends it without a word to anybody, and its port with it; returns when that happened.
+    fn die(&mut self) -> Result<Instant>;
+    /// The same by hand: a command on its node.
+    fn by_hand(&self) -> String;
+    /// The namespace that it is, if it is one.
+    fn netns(&self) -> Option<&NetNs>;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +75,10 @@ pub enum ClientId {
     Given(Vec<u8>),
 }
 
+const ARP_IGNORE: &str = "/proc/sys/net/ipv4/conf/all/arp_ignore";
+/// No request is answered (ip-sysctl.rst).
+const ARP_SILENT: &str = "8";
+
 /// What a migration does first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -71,6 +94,8 @@ pub struct Vm {
     /// When its link came into being, before its client could start.
     pub linked_at: Instant,
     node: NetNs,
+    /// The VLAN that it puts its frames into.
+    vlan: Option<u16>,
     netns: NetNs,
     dir: PathBuf,
     client: Option<(Client, Process)>,
@@ -99,6 +124,7 @@ impl Vm {
             mac,
             linked_at: now(),
             node: node.netns.try_clone()?,
+            vlan: node.vlan,
             netns: NetNs::new()?,
             dir,
             client: None,
@@ -109,17 +135,19 @@ impl Vm {
     /// Makes the VM's port and puts it on the bridge. One batch, so that nothing comes between.
     pub fn plug_in(&mut self) -> Result<()> {
         let Self { name, mac, .. } = self;
+        let end = cable_end(self.vlan);
         let batch = self.dir.join("plug");
         fs::write(
             &batch,
             format!(
-                "link add {name} type veth peer name {NIC} address {mac} netns {}
+                "link add {name} type veth peer name {end} address {mac} netns {}
                  link set {name} master {BRIDGE} up\n",
                 self.netns.path(),
             ),
         )?;
         self.linked_at = now();
         run(self.node.command(foreign("ip")?).arg("-batch").arg(&batch))?;
+        tag(&self.netns, self.vlan)?;
         // A client that waits for its link has brought it up by now, or does so later.
         self.netns.ip(&format!("link set {NIC} up"))
     }
@@ -205,6 +233,10 @@ impl Vm {
     }
 
     pub fn ping(&self, to: Ipv4Addr) -> Result<()> {
+        if self.netns.shell(&format!("cat {ARP_IGNORE}"))?.trim() == ARP_SILENT {
+            // Whom it asks learns its MAC by that, since it would not answer.
+            self.netns.ip(&format!("neigh flush dev {NIC}"))?;
+        }
         let mut command = self.netns.command(foreign("busybox")?);
         let to = to.to_string();
         run(command.args(["ping", "-c", "1", "-W", "2", &to]))
@@ -230,7 +262,7 @@ impl Vm {
     /// From now on no ARP request is answered, while everything else goes on.
     pub fn silence_arp(&self) -> Result<()> {
         self.netns
-            .shell("echo 8 >/proc/sys/net/ipv4/conf/all/arp_ignore")
+            .shell(&format!("echo {ARP_SILENT} >{ARP_IGNORE}"))
             .map(drop)
     }
 
@@ -282,6 +314,9 @@ impl Vm {
 
     /// Moves the running guest to another node: its memory and MAC stay, its port is another one.
     pub fn migrate(&mut self, to: &Node, ip: Ipv4Addr, order: Order) -> Result<()> {
+        if order == Order::NewPortFirst && running()? < (6, 2) {
+            return skip("Linux renames a link that is up from 6.2 on, and a guest keeps its name");
+        }
         let from = std::mem::replace(&mut self.node, to.netns.try_clone()?);
         if order == Order::OldPortFirst {
             from.ip(&format!("link del {}", self.name))?;
@@ -390,6 +425,40 @@ impl Vm {
         }
         command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         Ok(command)
+    }
+}
+
+impl Station for Vm {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn mac(&self) -> Mac {
+        self.mac
+    }
+
+    fn wait_booted(&self) -> Result<Ipv4Addr> {
+        self.wait_lease(PATIENCE)
+    }
+
+    fn lease(&self) -> Option<Ipv4Addr> {
+        Self::lease(self)
+    }
+
+    fn ping(&self, to: Ipv4Addr) -> Result<()> {
+        Self::ping(self, to)
+    }
+
+    fn die(&mut self) -> Result<Instant> {
+        self.kill(KillKind::PortDeleted)
+    }
+
+    fn by_hand(&self) -> String {
+        format!("ip link del {}", self.name)
+    }
+
+    fn netns(&self) -> Option<&NetNs> {
+        Some(&self.netns)
     }
 }
 

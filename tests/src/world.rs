@@ -32,6 +32,14 @@ impl World {
         Ok(Self { node, server })
     }
 
+    /// One whose guests and server are in this VLAN.
+    pub fn tagged(kind: ServerKind, place: Place, pool: u8, vlan: u16) -> Result<Self> {
+        let node = Node::tagged(vlan).context("cannot make the node")?;
+        let server = Server::start(&node, kind, place, pool)
+            .with_context(|| format!("cannot start {kind} ({place}) in VLAN {vlan}"))?;
+        Ok(Self { node, server })
+    }
+
     /// dnsmasq elsewhere, with more arguments of its own.
     pub fn with_dnsmasq(args: &[&str], pool: u8) -> Result<Self> {
         let node = Node::new().context("cannot make the node")?;

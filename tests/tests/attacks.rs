@@ -130,6 +130,9 @@ lab_test! {
         scene.unharmed(&attack.victim, attack.victim_ip)?;
         let binding = scene.agent.binding(attack.victim_ip)?.context("no binding")?;
         ensure!(binding.port.as_deref() == Some("vm1"), "{binding:?}");
+        // The server leased it at the attacker's port; what settles that is an ACK at its own.
+        attack.victim.ping(SERVER_IP)?;
+        attack.victim.renew()?;
         attack.victim_dies_well()
     }
 

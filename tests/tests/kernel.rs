@@ -2,9 +2,9 @@
 
 mod world;
 
-use std::{net::UdpSocket, time::Duration};
+use std::{collections::BTreeMap, net::UdpSocket, time::Duration};
 
-use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use dhcp_reclaim_agent::{
     core::{MacAddr, Port, Role},
     emit::{PacketSocket, PrivateLink},
@@ -16,80 +16,18 @@ use dhcp_reclaim_agent::{
 use dhcp_reclaim_ebpf::{
     abi::{
         ABI_VERSION, DIRECTION_FROM_PORT, DIRECTION_TO_PORT, EMIT_EGRESS, EMIT_INGRESS, EmitOrder,
-        ROLE_VM, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_UNWATCHED, VERDICT_VETOED,
+        ROLE_ASIDE, ROLE_VM, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_UNWATCHED, VERDICT_VETOED,
     },
     wire::{
-        ACK, Interest, Outcome, RELEASE, REQUEST, Tag, classify_frame, interest,
+        ACK, RELEASE, REQUEST,
         vectors::{self, Builder, CLIENT_IP, CLIENT_MAC, SERVER_IP},
     },
 };
-use world::{SEGMENT, alone, ip, load, options, port, records, runtime, vm_port};
-
-/// TC test runs happen on `lo`, whose index is 1 in every namespace.
-const LO: u32 = 1;
-const NEXT: u32 = u32::MAX;
-const XDP_PASS: u32 = 2;
-
-#[test]
-fn the_classifier_in_tc_agrees_with_the_host() {
-    alone(|| agree(Hook::Tc));
-}
-
-#[test]
-fn the_classifier_in_xdp_agrees_with_the_host() {
-    alone(|| agree(Hook::Xdp));
-}
-
-fn agree(hook: Hook) {
-    let mut kernel = load(hook);
-    let runtime = runtime();
-    let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
-    kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
-    let mut pushed = 0;
-    for vector in vectors::all() {
-        // What a test run cannot say: metadata, and frames without payload.
-        if vector.tag != Tag::NONE || vector.frame.len() <= 14 {
-            continue;
-        }
-        let (verdict, next) = match hook {
-            Hook::Tc | Hook::Clsact => (run_tc(&kernel, "vm_ingress", &vector.frame), NEXT),
-            Hook::Xdp => (run_xdp(&kernel, &vector.frame), XDP_PASS),
-        };
-        assert_eq!(verdict, next, "{}", vector.name);
-        let records = ring.take_now();
-        let (outcome, host) = classify_frame(&vector.frame, Tag::NONE);
-        let wanted = outcome == Outcome::Message
-            && interest(ROLE_VM, DIRECTION_FROM_PORT, &host) != Interest::Nobody;
-        assert_eq!(records.len(), usize::from(wanted), "{}", vector.name);
-        for record in records {
-            assert!(
-                record.seen_ns != 0 && record.ifindex == LO,
-                "{}",
-                vector.name
-            );
-            let bare = Record {
-                seen_ns: 0,
-                ifindex: 0,
-                direction: 0,
-                role: 0,
-                ..record
-            };
-            assert_eq!(bare, host, "{}", vector.name);
-            pushed += 1;
-        }
-    }
-    assert!(pushed > 50, "only {pushed} records");
-    let counters = kernel.counters().unwrap();
-    assert_eq!(counters["records"], pushed, "{counters:?}");
-    assert!(
-        counters["ambiguous"] > 20 && counters["rogue_server"] > 2,
-        "{counters:?}"
-    );
-    assert!(
-        counters["truncated"] > 3 && counters["not_dhcp"] == 2,
-        "{counters:?}"
-    );
-}
+use dhcp_reclaim_tests::boot::kernel::running;
+use world::{
+    LO, SEGMENT, alone, ip, load, options, port, records, run_tc, run_xdp, runtime, tc_hook,
+    vm_port,
+};
 
 /// Programs of other agents, XDP among them, see what we see: nothing is changed.
 #[test]
@@ -117,8 +55,8 @@ fn frames_pass_unchanged() {
 }
 
 #[test]
-fn tcx_hears_the_vm_and_the_answer() {
-    alone(|| hear(Hook::Tc, AttachedHook::Tcx));
+fn the_default_hears_the_vm_and_the_answer() {
+    alone(|| hear(Hook::Tc, tc_hook()));
 }
 
 #[test]
@@ -302,10 +240,7 @@ fn veto(direction: u8) {
         std::mem::forget(PrivateLink::create(&handle).await.unwrap());
         PrivateLink::create(&handle).await.unwrap()
     });
-    assert_eq!(
-        kernel.attach_emit(link.ifindex()).unwrap(),
-        AttachedHook::Tcx
-    );
+    assert_eq!(kernel.attach_emit(link.ifindex()).unwrap(), tc_hook());
     kernel.watch(&vm, 0, 0).unwrap();
     kernel.set_exact(vm.ifindex, true);
     let socket = PacketSocket::open().unwrap();
@@ -339,7 +274,15 @@ fn veto(direction: u8) {
     settle();
     link.send_release(&release).unwrap();
     assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_VETOED);
-    assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_NONE, "taken away");
+    assert_eq!(
+        kernel.verdict(xid).unwrap(),
+        VERDICT_VETOED,
+        "still there, for whoever asks"
+    );
+    assert_eq!(kernel.orders().unwrap()[&xid].verdict, VERDICT_VETOED);
+    kernel.forget_order(xid).unwrap();
+    kernel.forget_order(xid).unwrap();
+    assert_eq!(kernel.verdict(xid).unwrap(), VERDICT_NONE);
     assert!(
         server.recv(&mut buffer).is_err(),
         "a vetoed RELEASE arrived"
@@ -389,84 +332,92 @@ fn veto(direction: u8) {
 
 #[test]
 fn pins_outlive_the_agent() {
-    alone(|| {
-        let (vm, guest) = vm_port();
-        let socket = PacketSocket::open().unwrap();
-        let (ip, mac) = keys();
-        let runtime = runtime();
-        let mut first = load(Hook::Tc);
-        let error = Kernel::load(&options(Hook::Tc)).err().unwrap().to_string();
-        let expected = format!("another agent (pid {}) is already here", std::process::id());
-        assert!(error.starts_with(&expected), "{error}");
-        first.watch(&vm, 0, 0).unwrap();
-        first.set_exact(vm.ifindex, true);
-        let epoch = first.advance_epoch().unwrap();
-        first.arm(&mac).unwrap();
-        first.arm(&ip).unwrap();
-        drop(first);
+    alone(|| outlive(Hook::Tc, tc_hook()));
+}
 
-        // Nobody is there, and yet it is noted.
-        socket
-            .send_on(guest, &vectors::arp(CLIENT_MAC, CLIENT_IP))
-            .unwrap();
-        socket
-            .send_on(guest, &Builder::selecting().build())
-            .unwrap();
-        settle();
+/// Filters have no pins, and are found again all the same.
+#[test]
+fn filters_outlive_the_agent() {
+    alone(|| outlive(Hook::Clsact, AttachedHook::Clsact));
+}
 
-        let mut second = load(Hook::Tc);
-        let mut ring = runtime.block_on(async { second.ring() }).unwrap();
-        assert_eq!(
-            records(&runtime, &mut ring, 1).len(),
-            1,
-            "the record waited"
-        );
-        assert_eq!(second.port_epoch(vm.ifindex), Some(epoch));
-        assert!(
-            second
-                .watched(&mac)
-                .unwrap()
-                .unwrap()
-                .seen_at(vm.ifindex)
-                .is_some()
-        );
-        let slot = second.port_slot(vm.ifindex).unwrap();
-        assert!(slot.asked(vectors::XID) && slot.exact == 1, "{slot:?}");
-        assert_eq!(second.advance_epoch().unwrap(), epoch + 1);
+fn outlive(hook: Hook, expected: AttachedHook) {
+    let (vm, guest) = vm_port();
+    let socket = PacketSocket::open().unwrap();
+    let (ip, mac) = keys();
+    let runtime = runtime();
+    let mut first = load(hook);
+    let error = Kernel::load(&options(hook)).err().unwrap().to_string();
+    let occupied = format!("another agent (pid {}) is already here", std::process::id());
+    assert!(error.starts_with(&occupied), "{error}");
+    first.watch(&vm, 0, 0).unwrap();
+    first.set_exact(vm.ifindex, true);
+    let epoch = first.advance_epoch().unwrap();
+    first.arm(&mac).unwrap();
+    first.arm(&ip).unwrap();
+    drop(first);
 
-        // Taken over, not attached twice; the answer to the REQUEST of before is heard.
-        assert_eq!(second.watch(&vm, 0, 0).unwrap(), AttachedHook::Tcx);
-        socket
-            .send_on(vm.ifindex, &Builder::server(ACK).build())
-            .unwrap();
-        assert_eq!(records(&runtime, &mut ring, 1).len(), 1);
-        settle();
-        assert_eq!(ring.take_now(), []);
-        assert!(second.forget_unwatched().unwrap().is_empty());
-        drop((second, ring));
-
-        // A third that does not want the port takes the programs off.
-        let mut third = load(Hook::Tc);
-        assert_eq!(third.forget_unwatched().unwrap(), [vm.ifindex]);
-        assert_eq!(third.port_slot(vm.ifindex), None);
-        let before = third.counters().unwrap();
-        socket
-            .send_on(guest, &Builder::selecting().build())
-            .unwrap();
-        settle();
-        assert_eq!(third.counters().unwrap(), before);
-
-        // A clean stop leaves nothing; another size of the ring is another map.
-        third.unpin_all().unwrap();
-        let LoadOptions { bpffs, .. } = options(Hook::Tc);
-        assert!(!bpffs.join("dhcp-reclaim").exists());
-        drop(load(Hook::Tc));
-        Kernel::load(&LoadOptions {
-            ring_bytes: 4096,
-            ..options(Hook::Tc)
-        })
+    // Nobody is there, and yet it is noted.
+    socket
+        .send_on(guest, &vectors::arp(CLIENT_MAC, CLIENT_IP))
         .unwrap();
-    });
+    socket
+        .send_on(guest, &Builder::selecting().build())
+        .unwrap();
+    settle();
+
+    let mut second = load(hook);
+    let mut ring = runtime.block_on(async { second.ring() }).unwrap();
+    assert_eq!(
+        records(&runtime, &mut ring, 1).len(),
+        1,
+        "the record waited"
+    );
+    assert_eq!(second.port_epoch(vm.ifindex), Some(epoch));
+    assert!(
+        second
+            .watched(&mac)
+            .unwrap()
+            .unwrap()
+            .seen_at(vm.ifindex)
+            .is_some()
+    );
+    let slot = second.port_slot(vm.ifindex).unwrap();
+    assert!(slot.asked(vectors::XID) && slot.exact == 1, "{slot:?}");
+    assert_eq!(second.advance_epoch().unwrap(), epoch + 1);
+
+    // Taken over, not attached twice; the answer to the REQUEST of before is heard.
+    assert_eq!(second.watch(&vm, 0, 0).unwrap(), expected);
+    socket
+        .send_on(vm.ifindex, &Builder::server(ACK).build())
+        .unwrap();
+    assert_eq!(records(&runtime, &mut ring, 1).len(), 1);
+    settle();
+    assert_eq!(ring.take_now(), []);
+    assert!(second.forget_unwatched().unwrap().is_empty());
+    drop((second, ring));
+
+    // A third that does not want the port takes the programs off.
+    let mut third = load(hook);
+    assert_eq!(third.forget_unwatched().unwrap(), [vm.ifindex]);
+    assert_eq!(third.port_slot(vm.ifindex), None);
+    let before = third.counters().unwrap();
+    socket
+        .send_on(guest, &Builder::selecting().build())
+        .unwrap();
+    settle();
+    assert_eq!(third.counters().unwrap(), before);
+
+    // A clean stop leaves nothing; another size of the ring is another map.
+    third.unpin_all().unwrap();
+    let LoadOptions { bpffs, .. } = options(hook);
+    assert!(!bpffs.join("dhcp-reclaim").exists());
+    drop(load(hook));
+    Kernel::load(&LoadOptions {
+        ring_bytes: 4096,
+        ..options(hook)
+    })
+    .unwrap();
 }
 
 /// An agent with another layout of its maps starts from nothing, and its predecessor's programs are
@@ -503,7 +454,7 @@ fn pins_of_another_version_are_replaced() {
             ring.take_now().len()
         };
         assert_eq!(sees(&mut ring), 0, "nobody listens any more");
-        assert_eq!(new.watch(&vm, 0, 0).unwrap(), AttachedHook::Tcx);
+        assert_eq!(new.watch(&vm, 0, 0).unwrap(), tc_hook());
         assert_eq!(sees(&mut ring), 1);
         new.unpin_all().unwrap();
         assert!(!top.exists());
@@ -681,6 +632,87 @@ fn an_uplink_is_heard_but_not_answered() {
     });
 }
 
+/// Where a program's way got more complex than it was, the next kernel may refuse it.
+#[test]
+fn the_verifier_has_no_more_to_do_than_is_recorded() {
+    const RECORD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/verifier.json");
+    type Counts = BTreeMap<String, u32>;
+    alone(|| {
+        let (major, minor) = running().unwrap();
+        let version = format!("{major}.{minor}");
+        let mut counts = Counts::new();
+        for hook in [Hook::Tc, Hook::Xdp] {
+            let kernel = load(hook);
+            for (name, program) in kernel.ebpf().programs() {
+                // The other hook's programs are not loaded.
+                let Ok(info) = program.info() else { continue };
+                let Some(count) = info.verified_instruction_count() else {
+                    println!(
+                        "SKIP the_verifier_has_no_more_to_do_than_is_recorded: Linux {version} does \
+                         not tell (5.16 does)"
+                    );
+                    return;
+                };
+                counts.insert(name.to_owned(), count);
+            }
+            kernel.unpin_all().unwrap();
+        }
+        assert_eq!(counts.len(), 5, "{counts:?}");
+        println!(
+            "NOTE instructions verified: \"{version}\": {}",
+            serde_json::to_string(&counts).unwrap()
+        );
+        let record: BTreeMap<String, Counts> =
+            serde_json::from_slice(&std::fs::read(RECORD).unwrap()).unwrap();
+        // Kernels come and go; one that is not of the matrix is only told about.
+        let Some(recorded) = record.get(&version) else {
+            return;
+        };
+        for (name, count) in &counts {
+            let before = recorded[name];
+            assert!(
+                f64::from(*count) <= 1.2 * f64::from(before),
+                "{name}: {count} instructions were verified, and {before} are recorded in {RECORD}: \
+                 write the new number there if it is meant"
+            );
+        }
+    });
+}
+
+/// No lease is learned there and no server believed, and its frames are signs of life.
+#[test]
+fn a_port_that_nobody_named_is_only_looked_at() {
+    alone(|| {
+        let (vm, guest) = vm_port();
+        let aside = Port {
+            role: Role::Aside,
+            ..vm
+        };
+        let mut kernel = load(Hook::Tc);
+        let runtime = runtime();
+        let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
+        kernel.watch(&aside, 0, 0).unwrap();
+        kernel.set_exact(aside.ifindex, true);
+        let (_, mac) = keys();
+        kernel.arm(&mac).unwrap();
+        let socket = PacketSocket::open().unwrap();
+        socket
+            .send_on(guest, &Builder::selecting().build())
+            .unwrap();
+        socket
+            .send_on(guest, &Builder::server(ACK).build())
+            .unwrap();
+        let heard = records(&runtime, &mut ring, 1);
+        let [record] = &heard[..] else {
+            panic!("{heard:?}")
+        };
+        assert_eq!((record.message_type, record.role), (ACK, ROLE_ASIDE));
+        assert_eq!(kernel.counters().unwrap()["rogue_server"], 1);
+        let seen = kernel.watched(&mac).unwrap().unwrap();
+        assert!(seen.seen_at(aside.ifindex).is_some());
+    });
+}
+
 fn keys() -> (
     dhcp_reclaim_ebpf::abi::WatchKey,
     dhcp_reclaim_ebpf::abi::WatchKey,
@@ -729,29 +761,4 @@ fn link_address(device: &str) -> std::io::Result<String> {
 /// veth hands frames on in a softirq.
 fn settle() {
     std::thread::sleep(Duration::from_millis(30));
-}
-
-#[track_caller]
-fn run_tc(kernel: &Kernel, name: &str, frame: &[u8]) -> u32 {
-    let program: &SchedClassifier = kernel.ebpf().program(name).unwrap().try_into().unwrap();
-    let options = TestRunOptions {
-        data_in: Some(frame),
-        ..TestRunOptions::new()
-    };
-    program.test_run(options).unwrap().return_value
-}
-
-#[track_caller]
-fn run_xdp(kernel: &Kernel, frame: &[u8]) -> u32 {
-    let program: &Xdp = kernel
-        .ebpf()
-        .program("xdp_ingress")
-        .unwrap()
-        .try_into()
-        .unwrap();
-    let options = TestRunOptions {
-        data_in: Some(frame),
-        ..TestRunOptions::new()
-    };
-    program.test_run(options).unwrap().return_value
 }

@@ -78,6 +78,7 @@ macro_rules! placements {
 placements! {
     dnsmasq_remote: Dnsmasq Remote;
     dnsmasq_local: Dnsmasq Local;
+    dnsmasq_libvirt: Dnsmasq Libvirt;
     kea_remote: Kea Remote;
     kea_local: Kea Local;
     isc_remote: Isc Remote;

@@ -14,7 +14,7 @@ use dhcp_reclaim_tests::{
     process::Process,
     sandbox::{DIR, find, foreign, skip},
     scene::Scene,
-    server::{Place, Server, ServerKind},
+    server::{Place, Pool, Server, ServerKind},
     vm::{Client, ClientId, KillKind, Vm},
     wire::{ACK, DISCOVER, Dhcp, Frame, NAK, RELEASE, REQUEST},
     world::{PATIENCE, World},
@@ -29,8 +29,7 @@ fn clients(kind: ServerKind, client: Client, ids: &[ClientId]) -> Result<()> {
     for (number, id) in (1..).zip(ids) {
         let mut vm = Vm::off(&scene.world.node, &format!("vm{number}"), vm_mac(number))?;
         vm.client_id = id.clone();
-        vm.start_client(client)?;
-        vm.plug_in()?;
+        scene.boot(&mut vm, client)?;
         vms.push(vm);
     }
     for vm in &mut vms {
@@ -75,7 +74,8 @@ fn ids(longest: usize) -> Vec<ClientId> {
     ids
 }
 
-/// Option 61 itself is at most 255 bytes, and dnsmasq, Kea and dhcpd keep that many.
+/// Option 61 is at most 255 bytes. dnsmasq and dhcpd keep that many, Kea at most 128 (it drops what
+/// has more); dhcpcd sends at most 48.
 macro_rules! clients {
     ($($name:ident: $client:ident $kind:ident $ids:expr;)+) => {
         lab_test! {$(
@@ -91,9 +91,9 @@ clients! {
     dhclient_and_dnsmasq: Dhclient Dnsmasq ids(200);
     dhclient_and_kea: Dhclient Kea ids(128);
     dhclient_and_isc: Dhclient Isc ids(200);
-    dhcpcd_and_dnsmasq: Dhcpcd Dnsmasq ids(7);
-    dhcpcd_and_kea: Dhcpcd Kea ids(7);
-    dhcpcd_and_isc: Dhcpcd Isc ids(7);
+    dhcpcd_and_dnsmasq: Dhcpcd Dnsmasq ids(48);
+    dhcpcd_and_kea: Dhcpcd Kea ids(48);
+    dhcpcd_and_isc: Dhcpcd Isc ids(48);
 }
 
 fn says(event: &Event, ip: Ipv4Addr, what: &str) -> bool {
@@ -210,24 +210,20 @@ lab_test! {
         scene.dies(&mut vm, ip)
     }
 
-    /// The first server is stopped, and another one on its network has the lease by REBINDING.
+    /// The first server is gone, and another one on its network has the lease by REBINDING.
     fn a_changed_server_is_the_one_that_is_told() {
-        let scene = Scene::new(5, &[])?;
+        let mut scene = Scene::new(5, &[])?;
         let (mut vm, ip) = scene.living(1)?;
         let second = Ipv4Addr::new(10, 67, 0, 2);
-        scene.world.server.netns().ip(&format!("addr add {second}/24 dev {NIC}"))?;
-        // Broadcast, so that the first hears it too: its answer is not the last.
-        scene.world.server.freeze()?;
+        // Authoritative: it grants what it knows nothing of.
+        scene.world.server.succeed(second, Pool::small(5), &["--dhcp-authoritative"])?;
         scene.nic(&vm)?.send(&renewing(vm.mac, ip).frame())?;
-        let server = Nic::open(scene.world.server.netns(), NIC)?;
-        scene.wire.wait("the REBINDING", PATIENCE, |frame| {
-            frame.dhcp().is_some_and(|dhcp| dhcp.xid == XID)
-        })?;
-        server.send(&ack(vm.mac, ip, second).frame())?;
         scene.agent.wait("the second server's ACK", PATIENCE, |event| {
             event.name == "renewed" && event.json["reason"].as_str().is_some_and(|r| r.contains("10.67.0.2"))
         })?;
+        scene.world.server.wait_lease(ip, vm.mac, PATIENCE)?;
         vm.kill(KillKind::PortDeleted)?;
+        scene.freed(ip)?;
         let release = scene.wait_release(ip)?;
         ensure!(release.to_ip == second && release.option(54) == Some(&second.octets()), "{release:?}");
         Ok(())
@@ -254,48 +250,26 @@ lab_test! {
         scene.freed(first)
     }
 
+    /// Its server was set up anew, with another pool: what the VM has is none of its addresses.
     fn a_nak_ends_the_binding() {
-        let scene = Scene::new(5, &[])?;
-        let (vm, ip) = scene.living(1)?;
-        scene.world.server.freeze()?;
+        let mut scene = Scene::new(5, &[])?;
+        let (mut vm, ip) = scene.living(1)?;
+        let pool = Pool {
+            first: pool_ip(50),
+            last: pool_ip(55),
+            ..Pool::small(5)
+        };
+        scene.world.server.succeed(SERVER_IP, pool, &["--dhcp-authoritative"])?;
         scene.nic(&vm)?.send(&renewing(vm.mac, ip).frame())?;
-        scene.wire.wait("the REBINDING", PATIENCE, |frame| {
-            frame.dhcp().is_some_and(|dhcp| dhcp.xid == XID)
+        let nak = scene.wire.wait("the server's NAK", PATIENCE, |frame| {
+            frame.dhcp().is_some_and(|dhcp| dhcp.xid == XID && dhcp.kind() == Some(NAK))
         })?;
-        let server = Nic::open(scene.world.server.netns(), NIC)?;
-        let nak = Forged::server(NAK, (SERVER_MAC, SERVER_IP), vm.mac, XID, Ipv4Addr::UNSPECIFIED);
-        server.send(&nak.frame())?;
+        ensure!(nak.from_mac() == Some(SERVER_MAC));
         scene.agent.wait_event("refused", ip, PATIENCE)?;
-        scene.world.server.thaw()?;
-        let mut vm = vm;
         vm.kill(KillKind::PortDeleted)?;
         let (mut other, other_ip) = scene.living(2)?;
         scene.dies(&mut other, other_ip)?;
-        scene.unharmed(&vm, ip)
-    }
-
-    /// RFC 5107: the relay calls itself the server, and the ACK's source is somebody else.
-    fn a_relayed_ack_names_whom_to_tell() {
-        let scene = Scene::new(5, &[])?;
-        let relay = Ipv4Addr::new(10, 67, 0, 3);
-        scene.world.server.netns().ip(&format!("addr add {relay}/24 dev {NIC}"))?;
-        let mut hand = ByHand::new(&scene, 1)?;
-        let ip = pool_ip(50);
-        let asks = Forged::client(REQUEST, hand.vm.mac, XID)
-            .option(50, &ip.octets())
-            .option(54, &relay.octets());
-        hand.nic.send(&asks.frame())?;
-        scene.agent.wait_event("requested", ip, PATIENCE)?;
-        let server = Nic::open(scene.world.server.netns(), NIC)?;
-        let answer = ack(hand.vm.mac, ip, relay)
-            .option(82, &[1, 2, 0, 7])
-            .with(|f| f.giaddr = relay);
-        server.send(&answer.frame())?;
-        scene.agent.wait_event("bound", ip, PATIENCE)?;
-        hand.vm.kill(KillKind::PortDeleted)?;
-        let release = scene.wait_release(ip)?;
-        ensure!(release.to_ip == relay && release.option(54) == Some(&relay.octets()), "{release:?}");
-        ensure!(release.option(82).is_none(), "a relay's option: {release:?}");
+        ensure!(scene.releases(ip).is_empty(), "a RELEASE of what was refused");
         Ok(())
     }
 
@@ -338,49 +312,67 @@ lab_test! {
         clients(ServerKind::Dnsmasq, Client::Networkd, &[ClientId::Default])
     }
 
-    /// The server is beyond a router that relays: its ACKs come from the relay's MAC, and the RELEASE
-    /// is routed to it.
-    fn a_server_behind_a_relay() {
-        if find("dhcrelay").is_none() {
-            return skip("dhcrelay is not installed");
-        }
-        let far = Ipv4Addr::new(10, 68, 0, 1);
-        let near = Ipv4Addr::new(10, 67, 0, 3);
-        let relay_mac = Mac([2, 0xdc, 0, 0, 7, 1]);
-        let node = Node::new()?;
-        let relay = Node::elsewhere(relay_mac)?;
-        node.cable_to(&relay, "vmside", Mac([2, 0xdc, 0, 0, 7, 2]))?;
-        let server = Server::start(&relay, ServerKind::Dnsmasq, Place::Remote, 5)?;
-        server.netns().ip(&format!(
-            "addr flush dev {NIC}
-             addr add {far}/24 dev {NIC}
-             route add 10.67.0.0/24 via 10.68.0.2"
-        ))?;
-        relay.netns.ip(&format!(
-            "link set vmside nomaster
-             addr add {near}/24 dev vmside
-             addr add 10.68.0.2/24 dev br0"
-        ))?;
-        relay.netns.shell("echo 1 >/proc/sys/net/ipv4/ip_forward")?;
-        let mut command = relay.netns.command(foreign("dhcrelay")?);
-        command.args(["-4", "-d", "--no-pid", "-a", "-id", "vmside", "-iu", "br0", &far.to_string()]);
-        let mut process = Process::spawn(Path::new(DIR), "relay", &mut command)?;
-        process.wait_log(&["Sending on   Socket/fallback"], PATIENCE)?;
+    /// The ACKs come from the relay's MAC, and the RELEASE is routed to the server past it.
+    fn a_server_behind_a_relay() { behind_relay(&[], FAR) }
 
-        let scene = Scene::in_world(World { node, server }, &[])?;
-        let mut vm = scene.world.boot(1)?;
-        let ip = vm.wait_lease(PATIENCE).with_context(|| process.log())?;
-        scene.agent.wait_event("bound", ip, PATIENCE)?;
-        let binding = scene.agent.binding(ip)?.context("no binding")?;
-        ensure!(binding.server == Some(far), "{binding:?}");
-        vm.ping(near)?;
-        vm.kill(KillKind::PortDeleted)?;
-        scene.agent.wait_event("silent", ip, PATIENCE)?;
-        // A router does not answer ARP for what is behind it: here it speaks by itself.
-        let router = Nic::open(&relay.netns, "vmside")?;
-        router.send(&tagged_arp(&[], 1, (relay_mac, near), (BROADCAST_MAC, near)))?;
-        scene.freed(ip)
+    /// As with RFC 5107, the server calls itself by the relay's address: all goes through the relay.
+    fn a_server_that_is_called_like_its_relay() { behind_relay(&["--dhcp-proxy"], NEAR) }
+}
+
+/// Of the server, and of its relay on the VMs' network.
+const FAR: Ipv4Addr = Ipv4Addr::new(10, 68, 0, 1);
+const NEAR: Ipv4Addr = Ipv4Addr::new(10, 67, 0, 3);
+
+/// The server is beyond a router that relays, and that says nothing by itself. It answers ARP for
+/// itself and not for what is behind it.
+fn behind_relay(args: &[&str], server_id: Ipv4Addr) -> Result<()> {
+    if find("dhcrelay").is_none() {
+        return skip("dhcrelay is not installed");
     }
+    let relay_mac = Mac([2, 0xdc, 0, 0, 7, 1]);
+    let node = Node::new()?;
+    let relay = Node::elsewhere(relay_mac)?;
+    node.cable_to(&relay, "vmside", Mac([2, 0xdc, 0, 0, 7, 2]))?;
+    let kind = ServerKind::Dnsmasq;
+    let server = Server::start_with(&relay, kind, Place::Remote, Pool::small(5), args)?;
+    server.netns().ip(&format!(
+        "addr flush dev {NIC}
+         addr add {FAR}/24 dev {NIC}
+         route add 10.67.0.0/24 via 10.68.0.2"
+    ))?;
+    relay.netns.ip(&format!(
+        "link set vmside nomaster
+         addr add {NEAR}/24 dev vmside
+         addr add 10.68.0.2/24 dev br0"
+    ))?;
+    relay.netns.shell("echo 1 >/proc/sys/net/ipv4/ip_forward")?;
+    let mut command = relay.netns.command(foreign("dhcrelay")?);
+    command.args(["-4", "-d", "--no-pid", "-a", "-id", "vmside", "-iu", "br0"]);
+    command.arg(FAR.to_string());
+    let mut process = Process::spawn(Path::new(DIR), "relay", &mut command)?;
+    process.wait_log(&["Sending on   Socket/fallback"], PATIENCE)?;
+
+    let scene = Scene::in_world(World { node, server }, &[])?;
+    let mut vm = scene.world.boot(1)?;
+    let ip = vm
+        .wait_lease(PATIENCE)
+        .with_context(|| format!("{}\n{}", process.log(), scene.world.server.log()))?;
+    scene.agent.wait_event("bound", ip, PATIENCE)?;
+    let binding = scene.agent.binding(ip)?.context("no binding")?;
+    ensure!(binding.server == Some(server_id), "{binding:?}");
+    vm.ping(NEAR)?;
+    vm.kill(KillKind::PortDeleted)?;
+    scene.freed(ip)?;
+    let release = scene.wait_release(ip)?;
+    ensure!(
+        release.option(54) == Some(&server_id.octets()),
+        "{release:?}"
+    );
+    ensure!(
+        release.ciaddr == ip && release.chaddr == vm.mac,
+        "{release:?}"
+    );
+    Ok(())
 }
 
 /// The tag and `ciaddr` of a RELEASE that has one, wherever the kernel left it.

@@ -4,59 +4,18 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
-    agent::{Agent, Hook, Setup},
-    fixture::{Mac, NIC, SERVER_IP, SERVER_MAC, vm_mac},
+    agent::{Hook, Setup},
+    cluster::{Cluster, NODES},
+    fixture::{Mac, NIC, SERVER_IP, SERVER_MAC, UPLINK, vm_mac},
     forge::{BROADCAST_MAC, Forged, Nic, arp, rarp},
     lab_test,
     node::Node,
     scene::Scene,
-    server::{Place, Server, ServerKind},
+    server::{Place, ServerKind},
     vm::{Client, KillKind, Order, Vm},
     wire::{Capture, REQUEST},
     world::{PATIENCE, World},
 };
-
-const NODES: [&str; 2] = ["node1", "node2"];
-
-/// `scene` is node 1; what is beyond it is here.
-struct Cluster {
-    scene: Scene,
-    second: Agent,
-    node2: Node,
-    switch: Node,
-}
-
-impl Cluster {
-    fn new(args: &[&str]) -> Result<Self> {
-        let node1 = Node::new()?;
-        let node2 = Node::elsewhere(Mac([2, 0xdc, 0, 0, 2, 1]))?;
-        let switch = Node::elsewhere(Mac([2, 0xdc, 0, 0, 3, 1]))?;
-        node1.cable_to(&switch, NODES[0], Mac([2, 0xdc, 0, 0, 1, 2]))?;
-        node2.cable_to(&switch, NODES[1], Mac([2, 0xdc, 0, 0, 2, 2]))?;
-        let server = Server::start(&switch, ServerKind::Dnsmasq, Place::Remote, 20)?;
-        let second = Setup::new(Place::Remote, Hook::Tc)
-            .on(&node2.netns, "agent2")?
-            .quick()
-            .args(args)
-            .start()?;
-        let world = World {
-            node: node1,
-            server,
-        };
-        Ok(Self {
-            scene: Scene::in_world(world, args)?,
-            second,
-            node2,
-            switch,
-        })
-    }
-
-    /// Somebody else dies on node 1 and is reclaimed: longer than any hold-down, and all works.
-    fn meanwhile(&self, number: u8) -> Result<()> {
-        let (mut vm, ip) = self.scene.living(number)?;
-        self.scene.dies(&mut vm, ip)
-    }
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Announce {
@@ -77,7 +36,7 @@ fn moves(order: Order, announce: Announce) -> Result<()> {
         Announce::Traffic => vm.send_traffic(SERVER_IP, Duration::from_millis(100))?,
     }
     scene.agent.wait_event("moved", ip, PATIENCE)?;
-    cluster.meanwhile(2)?;
+    scene.meanwhile(2)?;
     scene.unharmed(&vm, ip)?;
 
     // Its next renewal is what tells node 2 of the lease.
@@ -92,7 +51,7 @@ fn moves(order: Order, announce: Announce) -> Result<()> {
     vm.ping(SERVER_IP)?;
     vm.kill(KillKind::PortDeleted)?;
     scene.freed(ip).with_context(|| cluster.second.log())?;
-    cluster.meanwhile(3)?;
+    scene.meanwhile(3)?;
     // The address may have been given to that one.
     let mut releases = scene.releases(ip);
     releases.retain(|release| release.chaddr == vm.mac);
@@ -114,7 +73,7 @@ lab_test! {
         // Its kernel must not announce the address by itself.
         vm.migrate(&cluster.node2, ip, Order::OldPortFirst)?;
         scene.agent.wait_event("moved", ip, PATIENCE)?;
-        cluster.meanwhile(2)?;
+        scene.meanwhile(2)?;
         scene.unharmed(&vm, ip)?;
         vm.ping(SERVER_IP)
     }
@@ -129,7 +88,7 @@ lab_test! {
         scene.agent.wait_event("moved", ip, PATIENCE)?;
         vm.kill(KillKind::PortDeleted)?;
         cluster.second.wait_port_event("port-lost", "vm1", PATIENCE)?;
-        cluster.meanwhile(2)?;
+        scene.meanwhile(2)?;
         scene.unharmed(&vm, ip)
     }
 
@@ -142,7 +101,7 @@ lab_test! {
         let beyond = Nic::open(&cluster.switch.netns, NODES[0])?;
         beyond.send(&arp(1, (vm.mac, Ipv4Addr::UNSPECIFIED), (BROADCAST_MAC, SERVER_IP)))?;
         scene.agent.wait_event("moved", ip, PATIENCE)?;
-        cluster.meanwhile(2)?;
+        scene.meanwhile(2)?;
         scene.unharmed(&vm, ip)
     }
 
@@ -155,7 +114,7 @@ lab_test! {
         let beyond = Nic::open(&cluster.switch.netns, NODES[0])?;
         beyond.send(&arp(1, (vm_mac(77), ip), (BROADCAST_MAC, ip)))?;
         scene.agent.wait_event("moved", ip, PATIENCE)?;
-        cluster.meanwhile(2)?;
+        scene.meanwhile(2)?;
         scene.unharmed(&vm, ip)
     }
 
@@ -181,6 +140,71 @@ lab_test! {
         scene.freed(ip)?;
         ensure!(scene.releases(ip).len() == 1);
         Ok(())
+    }
+
+    /// Its new port is outside of `--port`: no lease is learned there, but its life is seen.
+    fn moves_to_a_port_that_nobody_named() {
+        // Longer than a slow machine takes to plug it in again.
+        let scene = Scene::new(5, &["--port", "vm*", "--hold-down-uplink", "6s"])?;
+        let (mut vm, ip) = scene.living(1)?;
+        vm.unplug()?;
+        scene.agent.wait_event("silent", ip, PATIENCE)?;
+        vm.name = "spare1".to_owned();
+        vm.plug_in()?;
+        vm.configure(ip)?;
+        let moved = scene.agent.wait_event("moved", ip, PATIENCE)?;
+        let reason = moved.json["reason"].as_str().unwrap_or_default();
+        ensure!(reason.contains("spare1"), "{reason}");
+        let (mut other, other_ip) = scene.living(2)?;
+        scene.dies(&mut other, other_ip)?;
+        scene.unharmed(&vm, ip)?;
+        // A renewal from there binds nothing, so its end there is nobody's to tell.
+        let before = scene.wire.dhcp(REQUEST).len();
+        vm.renew()?;
+        scene.agent.until("the renewal", PATIENCE, |_| {
+            Ok((scene.wire.dhcp(REQUEST).len() > before).then_some(()))
+        })?;
+        vm.kill(KillKind::PortDeleted)?;
+        let (mut other, other_ip) = scene.living(3)?;
+        scene.dies(&mut other, other_ip)?;
+        scene.unharmed(&vm, ip)
+    }
+
+    /// Its port is gone, and one frame of it comes by a port where no lease was ever learned.
+    fn speaks_at_the_last_moment_from_a_port_that_nobody_named() {
+        let scene = Scene::new(5, &["--port", "vm*", "--hold-down-uplink", "3s"])?;
+        let (vm, ip) = scene.living(1)?;
+        let mut spare = Vm::off(&scene.world.node, "spare1", vm_mac(77))?;
+        spare.plug_in()?;
+        scene.agent.wait_port_event("port-up", "spare1", PATIENCE)?;
+        spare.wait_forwarding(PATIENCE)?;
+        let nic = scene.nic(&spare)?;
+        vm.unplug()?;
+        scene.agent.wait_event("silent", ip, PATIENCE)?;
+        nic.send(&arp(1, (vm.mac, ip), (BROADCAST_MAC, ip)))?;
+        scene.agent.wait_event("moved", ip, PATIENCE)?;
+        let (mut other, other_ip) = scene.living(2)?;
+        scene.dies(&mut other, other_ip)?;
+        scene.unharmed(&vm, ip)
+    }
+
+    /// A server behind a port that nobody named is told about, and not believed.
+    fn a_server_behind_a_port_that_nobody_named() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 5)?;
+        // As for a local server: without `--uplink`.
+        let agent = Setup::new(Place::Local, Hook::Tc)
+            .quick()
+            .args(&["--port", "vm*"])
+            .start()?;
+        let vm = world.boot(1)?;
+        let ip = vm.wait_lease(PATIENCE)?;
+        let told = agent.wait("the server", PATIENCE, |event| {
+            event.name == "rogue-server" && event.port.as_deref() == Some(UPLINK)
+        })?;
+        let reason = told.json["reason"].as_str().unwrap_or_default();
+        ensure!(reason.contains("--uplink"), "{reason}");
+        agent.wait_event("requested", ip, PATIENCE)?;
+        agent.ensure_no_event("bound", ip)
     }
 
     fn stopped_and_started_with_a_new_port() {

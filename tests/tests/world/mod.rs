@@ -2,11 +2,13 @@
 
 use std::{path::PathBuf, process::Command, thread, time::Duration};
 
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use dhcp_reclaim_agent::{
     core::{Port, Role},
-    kernel::{Hook, Kernel, LoadOptions, RecordRing},
+    kernel::{AttachedHook, Hook, Kernel, LoadOptions, RecordRing},
 };
 use dhcp_reclaim_ebpf::abi::Record;
+use dhcp_reclaim_tests::boot::kernel::running;
 use nix::{
     mount::{MsFlags, mount},
     net::if_::if_nametoindex,
@@ -15,6 +17,8 @@ use nix::{
 };
 
 pub const SEGMENT: u32 = 7;
+/// Test runs happen on `lo`, whose index is 1 in every namespace.
+pub const LO: u32 = 1;
 const BPFFS: &str = "/run/drk-bpffs";
 
 /// Runs a test in network and mount namespaces of its own, with a BPF file system.
@@ -43,6 +47,14 @@ pub fn options(hook: Hook) -> LoadOptions {
         bpffs: PathBuf::from(BPFFS),
         hook,
         ..LoadOptions::default()
+    }
+}
+
+/// What [`Hook::Tc`] comes to on this kernel. Debian's have tcx as soon as Linux has it.
+pub fn tc_hook() -> AttachedHook {
+    match running().unwrap() < (6, 6) {
+        true => AttachedHook::Clsact,
+        false => AttachedHook::Tcx,
     }
 }
 
@@ -103,4 +115,31 @@ pub fn records(runtime: &tokio::runtime::Runtime, ring: &mut RecordRing, n: usiz
         }
     }
     all
+}
+
+/// Runs a TC program over a frame, and returns its verdict.
+#[track_caller]
+pub fn run_tc(kernel: &Kernel, name: &str, frame: &[u8]) -> u32 {
+    let program: &SchedClassifier = kernel.ebpf().program(name).unwrap().try_into().unwrap();
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        ..TestRunOptions::new()
+    };
+    program.test_run(options).unwrap().return_value
+}
+
+/// Runs `xdp_ingress` over a frame, and returns its verdict.
+#[track_caller]
+pub fn run_xdp(kernel: &Kernel, frame: &[u8]) -> u32 {
+    let program: &Xdp = kernel
+        .ebpf()
+        .program("xdp_ingress")
+        .unwrap()
+        .try_into()
+        .unwrap();
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        ..TestRunOptions::new()
+    };
+    program.test_run(options).unwrap().return_value
 }

@@ -1,0 +1,149 @@
+//! TCP and small UDP datagrams through two VM ports, with the programs and without.
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread::{self, sleep},
+    time::Duration,
+};
+
+use anyhow::{Result, bail};
+use dhcp_reclaim_agent::kernel::Hook;
+use dhcp_reclaim_tests::{clock::now, fixture::BRIDGE, netns::NetNs, node::Node, report::Row};
+
+use crate::{cost, lab, stats::median};
+
+const SECTION: &str = "cost: through two VM ports";
+const WINDOW: Duration = Duration::from_millis(200);
+const FROM: Ipv4Addr = Ipv4Addr::new(10, 67, 0, 2);
+const TO: Ipv4Addr = Ipv4Addr::new(10, 67, 0, 3);
+const PORT: u16 = 7000;
+
+pub fn rows(quick: bool) -> Result<Vec<Row>> {
+    lab::sweep()?;
+    let node = Node::new()?;
+    let mut ends = Vec::new();
+    for (port, ip) in [("vm1", FROM), ("vm2", TO)] {
+        let end = NetNs::new()?;
+        node.netns.ip(&format!(
+            "link add {port} type veth peer name eth0 netns {}
+             link set {port} master {BRIDGE} up",
+            end.path()
+        ))?;
+        end.ip(&format!("addr add {ip}/24 dev eth0\nlink set eth0 up"))?;
+        ends.push(end);
+    }
+    let [from, to] = &ends[..] else {
+        bail!("two VMs");
+    };
+    let rounds = if quick { 9 } else { 31 };
+    Ok(vec![
+        measure("TCP", rounds, |stop, received| {
+            tcp(from, to, stop, received)
+        })?,
+        measure("UDP, 64 bytes", rounds, |stop, received| {
+            udp(from, to, stop, received)
+        })?,
+    ])
+}
+
+/// Traffic runs all the time; window by window the programs are there or not.
+fn measure(
+    name: &str,
+    rounds: usize,
+    traffic: impl FnOnce(&AtomicBool, &AtomicU64) -> Result<()> + Send,
+) -> Result<Row> {
+    let mut kernel = cost::kernel(Hook::Tc)?;
+    let ports = [cost::port("vm1")?, cost::port("vm2")?];
+    let (stop, received) = (AtomicBool::new(false), AtomicU64::new(0));
+    let window = || {
+        let (begin, before) = (now(), received.load(Ordering::Relaxed));
+        sleep(WINDOW);
+        (received.load(Ordering::Relaxed) - before) as f64 / (now() - begin).as_secs_f64()
+    };
+    let (ratios, null, rate) = thread::scope(|scope| {
+        let traffic = scope.spawn(|| traffic(&stop, &received));
+        sleep(WINDOW);
+        let (mut ratios, mut null, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+        let mut run = || -> Result<()> {
+            for _ in 0..rounds {
+                let before = window();
+                for port in &ports {
+                    kernel.watch(port, 0, 0)?;
+                }
+                let there = window();
+                for port in &ports {
+                    kernel.unwatch(port.ifindex);
+                }
+                let after = window();
+                ratios.push(there / f64::midpoint(before, after));
+                null.push(after / before);
+                rates.push(before);
+            }
+            Ok(())
+        };
+        let ran = run();
+        stop.store(true, Ordering::Relaxed);
+        match traffic.join() {
+            Ok(done) => done?,
+            Err(_) => bail!("the traffic panicked"),
+        }
+        ran?;
+        Ok((median(&ratios), median(&null), median(&rates).value))
+    })?;
+    Ok(Row::new(
+        SECTION,
+        format!("{name}: with the programs by without"),
+        ratios.value,
+        "",
+    )
+    .interval(ratios.interval)
+    .beside("null test", null.value)
+    .goal("at least 0.99", ratios.value >= 0.99)
+    .note(format!(
+        "null test [{:.3}, {:.3}]; {:.3e} a second without",
+        null.interval[0], null.interval[1], rate
+    )))
+}
+
+fn tcp(from: &NetNs, to: &NetNs, stop: &AtomicBool, received: &AtomicU64) -> Result<()> {
+    let listener = to.enter(|| Ok(TcpListener::bind((TO, PORT))?))?;
+    let mut sender = from.enter(|| Ok(TcpStream::connect((TO, PORT))?))?;
+    let (mut receiver, _) = listener.accept()?;
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let chunk = vec![0; 1 << 16];
+            // It ends with the connection.
+            while !stop.load(Ordering::Relaxed) && sender.write_all(&chunk).is_ok() {}
+        });
+        let mut buffer = vec![0; 1 << 18];
+        loop {
+            match receiver.read(&mut buffer)? {
+                0 => return Ok(()),
+                length => received.fetch_add(length as u64, Ordering::Relaxed),
+            };
+        }
+    })
+}
+
+fn udp(from: &NetNs, to: &NetNs, stop: &AtomicBool, received: &AtomicU64) -> Result<()> {
+    let receiver = to.enter(|| Ok(UdpSocket::bind((TO, PORT))?))?;
+    receiver.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let sender = from.enter(|| Ok(UdpSocket::bind((FROM, PORT))?))?;
+    sender.connect((TO, PORT))?;
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                // Full buffers are what is measured.
+                let _full = sender.send(&[0; 64]);
+            }
+        });
+        let mut buffer = [0; 128];
+        while !stop.load(Ordering::Relaxed) {
+            if receiver.recv(&mut buffer).is_ok() {
+                received.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    })
+}
