@@ -27,6 +27,7 @@ pub struct Built {
     /// `bin`, `lib`, `test` and so on.
     pub kind: String,
     pub name: String,
+    /// The package's folder, as seen from the root.
     pub package: String,
     pub executable: PathBuf,
 }
@@ -90,14 +91,11 @@ fn parse(message: &Value) -> Option<Built> {
     let executable = message.get("executable")?.as_str()?;
     let target = message.get("target")?;
     let manifest = Path::new(message.get("manifest_path")?.as_str()?);
+    let folder = manifest.parent()?.strip_prefix(root()).ok()?;
     Some(Built {
         kind: target.get("kind")?.get(0)?.as_str()?.to_owned(),
         name: target.get("name")?.as_str()?.to_owned(),
-        package: manifest
-            .parent()?
-            .file_name()?
-            .to_string_lossy()
-            .into_owned(),
+        package: folder.to_string_lossy().into_owned(),
         executable: executable.into(),
     })
 }

@@ -12,18 +12,20 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
     agent::{Agent, Event, Setup, binary},
+    boot::Accel,
     clock::{Deadline, now},
-    fixture::{BRIDGE, LEASE_SECONDS, NIC, SERVER_IP, vm_mac},
+    fixture::{LEASE_SECONDS, SERVER_IP, vm_mac},
+    guest::{Guest, Image, Spec, Tap},
     netns::NetNs,
     sandbox,
     server::{Place, Server},
-    vm::{KillKind, Vm},
+    vm::{Client, Station},
     watch::tail,
     wire::{Capture, Dhcp, RELEASE},
     world::{PATIENCE, World},
 };
 
-use crate::run::{KEPT, LabArgs};
+use crate::run::{GuestKind, KEPT, LabArgs};
 
 /// The default hold-down with an uplink, and room for a slow machine.
 const RECLAIM_PATIENCE: Duration = Duration::from_secs(40);
@@ -33,11 +35,23 @@ pub fn main(args: &LabArgs) -> Result<ExitCode> {
     let style = Style {
         colour: stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
     };
-    let world = World::new(args.server, args.place, args.vms)?;
+    let guests = match args.guest {
+        GuestKind::Veth => None,
+        GuestKind::Qemu => Some(Image::new().context("cannot make what guests boot")?),
+    };
+    let lab = Lab {
+        world: World::new(args.server, args.place, args.vms)?,
+        guests,
+        accel: match args.kvm {
+            true => Accel::Kvm,
+            false => Accel::Tcg,
+        },
+    };
+    let world = &lab.world;
     let setup = world.agent(args.hook);
     let mut vms = Vec::new();
-    match demo(args, &world, &setup, &mut vms, &style) {
-        Ok(agent) if args.keep => keep(&world, &vms, &agent),
+    match demo(args, &lab, &setup, &mut vms, &style) {
+        Ok(agent) if args.keep => keep(world, &vms, &agent),
         Ok(_) => Ok(ExitCode::SUCCESS),
         Err(error) => {
             println!("\n{} {error:#}", style.red("FAILED:"));
@@ -52,40 +66,71 @@ pub fn main(args: &LabArgs) -> Result<ExitCode> {
     }
 }
 
+/// The world, and what its VMs are.
+struct Lab {
+    world: World,
+    /// What real guests boot.
+    guests: Option<Image>,
+    accel: Accel,
+}
+
+impl Lab {
+    fn boot(&self, number: u8) -> Result<Box<dyn Station>> {
+        let Some(image) = &self.guests else {
+            return Ok(Box::new(self.world.boot(number)?));
+        };
+        let spec = Spec {
+            name: format!("vm{number}"),
+            mac: vm_mac(number),
+            client: match number % 2 {
+                0 => Client::Dhclient,
+                _ => Client::Udhcpc,
+            },
+            tap: Tap::OfQemu,
+            accel: self.accel,
+        };
+        Ok(Box::new(Guest::boot(&self.world.node, image, spec)?))
+    }
+}
+
 fn demo(
     args: &LabArgs,
-    world: &World,
+    lab: &Lab,
     setup: &Setup,
-    vms: &mut Vec<Vm>,
+    vms: &mut Vec<Box<dyn Station>>,
     style: &Style,
 ) -> Result<Agent> {
+    let world = &lab.world;
     let server = &world.server;
     println!("\n{}", style.bold("A VM dies, and its address comes back"));
     let place = match args.place {
         Place::Remote => "on another host, behind the bridge's uplink",
         Place::Local => "on this node, at the bridge's own address",
+        Place::Libvirt => "on this node, run as libvirt does",
     };
     println!("  server  {} at {SERVER_IP}, {place}", args.server);
     println!("  pool    {} addresses for {} VMs", args.vms, args.vms);
+    if let Some(image) = &lab.guests {
+        println!("  guests  {image}");
+    }
     println!("  agent   {}", setup.shown());
     let agent = setup.start().context("step 1, starting the agent")?;
 
     for number in 1..=args.vms {
         vms.push(
-            world
-                .boot(number)
+            lab.boot(number)
                 .with_context(|| format!("step 2, booting vm{number}"))?,
         );
     }
     let mut owners = BTreeMap::new();
     for vm in &*vms {
-        let ip = vm.wait_lease(PATIENCE).context("step 3, leases")?;
+        let ip = vm.wait_booted().context("step 3, leases")?;
         server
-            .wait_lease(ip, vm.mac, PATIENCE)
+            .wait_lease(ip, vm.mac(), PATIENCE)
             .context("step 3, leases")?;
         // A guest that talks: without it an address has never been seen alive.
         vm.ping(SERVER_IP).context("step 3, leases")?;
-        owners.insert(ip, vm.name.clone());
+        owners.insert(ip, vm.name().to_owned());
     }
     print_leases(server, &owners, style)?;
     ensure!(
@@ -101,7 +146,7 @@ fn demo(
         .context("step 4, the agent has learned the lease from the wire")?;
     println!(
         "\n{}",
-        style.bold(&format!("{} is killed, and its port with it", dead.name))
+        style.bold(&format!("{} is killed, and its port with it", dead.name()))
     );
     if args.place == Place::Remote {
         println!("  (there is an uplink: the agent first gives the VM time to show up elsewhere)");
@@ -114,10 +159,8 @@ fn demo(
         "\n{}",
         style.bold(&format!("{name} boots, on the pool that was full"))
     );
-    let vm = world.boot(number).context("step 6, the next VM")?;
-    let got = vm
-        .wait_lease(PATIENCE)
-        .context("step 6, the next VM's lease")?;
+    let vm = lab.boot(number).context("step 6, the next VM")?;
+    let got = vm.wait_booted().context("step 6, the next VM's lease")?;
     server
         .wait_lease(got, vm_mac(number), PATIENCE)
         .context("step 6, the next VM's lease")?;
@@ -143,21 +186,15 @@ fn demo(
 fn reclaim(
     world: &World,
     agent: &Agent,
-    mut dead: Vm,
+    mut dead: Box<dyn Station>,
     ip: Ipv4Addr,
     style: &Style,
 ) -> Result<Duration> {
     let server = &world.server;
-    let link = match server.place {
-        Place::Remote => NIC,
-        Place::Local => BRIDGE,
-    };
-    let wire = Capture::start(server.netns(), link)?;
+    let wire = Capture::start(server.netns(), server.place.link())?;
     let mut seen = agent.events().len();
-    let killed_at = dead
-        .kill(KillKind::PortDeleted)
-        .context("step 5, the kill")?;
-    let name = dead.name.clone();
+    let killed_at = dead.die().context("step 5, the kill")?;
+    let name = dead.name().to_owned();
     // With it goes the last hold on its namespace.
     drop(dead);
     let mut timeline = Timeline::new(killed_at);
@@ -261,13 +298,15 @@ fn print_leases(server: &Server, owners: &BTreeMap<Ipv4Addr, String>, style: &St
 }
 
 /// Lets go of whoever started us, and stays until somebody kills this process.
-fn keep(world: &World, vms: &[Vm], agent: &Agent) -> Result<ExitCode> {
+fn keep(world: &World, vms: &[Box<dyn Station>], agent: &Agent) -> Result<ExitCode> {
     let node = NetNs::current()?;
     let mut nets = BTreeMap::from([
         ("node".to_owned(), node.fd()),
         ("server".to_owned(), world.server.netns().fd()),
     ]);
-    nets.extend(vms.iter().map(|vm| (vm.name.clone(), vm.netns().fd())));
+    for vm in vms {
+        nets.extend(vm.netns().map(|netns| (vm.name().to_owned(), netns.fd())));
+    }
 
     let agent_bin = binary()?;
     let ask = format!("cargo xtask lab-shell -- {}", agent_bin.display());
@@ -276,10 +315,15 @@ fn keep(world: &World, vms: &[Vm], agent: &Agent) -> Result<ExitCode> {
     for command in ["list", "events --follow", "stats"] {
         println!("  {ask} {command} --control {control}");
     }
+    let places: Vec<_> = nets.keys().map(String::as_str).collect();
     println!(
-        "  cargo xtask lab-shell vm2                      a shell in a VM; also: node, server"
+        "  cargo xtask lab-shell PLACE                    a shell; places: {}",
+        places.join(", ")
     );
-    println!("  cargo xtask lab-shell node -- ip link del vm3  kill another one");
+    if let Some(vm) = vms.last() {
+        let kill = format!("cargo xtask lab-shell node -- {}", vm.by_hand());
+        println!("  {kill:<46} kill {}", vm.name());
+    }
     println!("  cargo xtask lab-shell node -- ls /run/lab      logs, leases, configurations");
     println!("  cargo xtask lab-down                           take it down");
 

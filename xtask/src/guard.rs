@@ -150,7 +150,8 @@ impl Guarded {
         }
     }
 
-    fn end(&mut self) -> Result<()> {
+    /// Ends it, and returns when that is so.
+    pub fn end(&mut self) -> Result<()> {
         // sudo's guard sees its pipe close; a child of our own gets the signal. sudo itself belongs
         // to root, so that signalling it is refused.
         drop(self.child.stdin.take());

@@ -12,6 +12,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
     agent::{BIN, Hook},
+    boot::KernelVersion,
+    guest::KERNEL,
     sandbox::{MARK, Sandbox},
     server::{Place, ServerKind},
 };
@@ -26,12 +28,16 @@ use crate::{
     cargo,
     guard::{End, Guarded, Signals, as_root, wait_any},
     setup::{self, Scope},
+    vm,
 };
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     lab: LabArgs,
+    /// On another kernel, in a machine booted for it: 5.10, 6.1, 6.12 or newest
+    #[arg(long, value_name = "KERNEL", conflicts_with = "keep")]
+    in_vm: Option<KernelVersion>,
     /// Arguments for the agent itself, which then runs on this host
     #[arg(last = true)]
     agent: Vec<OsString>,
@@ -42,7 +48,8 @@ pub struct LabArgs {
     /// Which DHCP server: dnsmasq, kea or isc
     #[arg(long, default_value = "dnsmasq")]
     pub server: ServerKind,
-    /// Where it is: remote (a namespace of its own) or local (the node's bridge address)
+    /// Where it is: remote (a namespace of its own), local (the node's bridge address) or libvirt (there,
+    /// and run as libvirt runs dnsmasq)
     #[arg(long, default_value = "remote")]
     pub place: Place,
     /// Where the agent listens: tc or xdp
@@ -51,9 +58,21 @@ pub struct LabArgs {
     /// How many VMs, on a pool of as many addresses
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=100))]
     pub vms: u8,
+    /// What the VMs are: veth (a namespace with a DHCP client) or qemu (emulated machines that boot)
+    #[arg(long, default_value = "veth")]
+    pub guest: GuestKind,
+    /// Guests of qemu with the processor's own virtualisation: faster, where it works
+    #[arg(long)]
+    pub kvm: bool,
     /// Leave the lab up to play with
     #[arg(long)]
     pub keep: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum GuestKind {
+    Veth,
+    Qemu,
 }
 
 #[derive(clap::Args)]
@@ -75,11 +94,25 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     if !args.agent.is_empty() {
         return agent_on_this_host(&args.agent);
     }
+    let qemu = args.lab.guest == GuestKind::Qemu;
+    ensure!(qemu || !args.lab.kvm, "--kvm is for `--guest qemu`");
+    if let Some(version) = args.in_vm {
+        ensure!(
+            !qemu,
+            "there is no qemu inside of a machine: leave out --in-vm or --guest"
+        );
+        let lab = args.lab.to_args();
+        let lab = lab.iter().map(|arg| arg.to_string_lossy().into_owned());
+        return vm::demo(version, lab.collect());
+    }
     ensure!(
         kept().is_none() || !args.lab.keep,
         "a lab is up already; `cargo xtask lab-down` takes it down"
     );
-    setup::ensure(Scope::Lab)?;
+    setup::ensure(if qemu { Scope::Vm } else { Scope::Lab })?;
+    if qemu {
+        vm::fetch(KERNEL, false)?;
+    }
     let agent = cargo::build_agent()?;
 
     let mut command: Vec<OsString> = vec![env::current_exe()?.into(), "__lab".into()];
@@ -184,6 +217,12 @@ impl LabArgs {
             "--vms".into(),
             self.vms.to_string().into(),
         ];
+        if self.guest == GuestKind::Qemu {
+            args.extend(["--guest".into(), "qemu".into()]);
+        }
+        if self.kvm {
+            args.push("--kvm".into());
+        }
         if self.keep {
             args.push("--keep".into());
         }

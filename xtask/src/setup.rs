@@ -19,15 +19,36 @@ pub struct Args {
     /// Do not ask before installing
     #[arg(long)]
     yes: bool,
-    /// Only what building needs, not the lab's servers and clients
+    /// Only what building needs, not the lab's servers and clients, nor qemu
     #[arg(long)]
     build_only: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     Build,
+    /// With what building needs.
     Lab,
+    /// With all of the lab.
+    Vm,
+    /// With all of the lab.
+    Bench,
+    /// With all of the lab and machines.
+    Dist,
+    /// All but what packaging needs.
+    All,
+}
+
+impl Scope {
+    fn includes(self, need: Self) -> bool {
+        match need {
+            Self::Build => true,
+            Self::Lab => self != Self::Build,
+            Self::Vm => matches!(self, Self::Vm | Self::Dist | Self::All),
+            Self::Bench => matches!(self, Self::Bench | Self::All),
+            Self::Dist | Self::All => self == need,
+        }
+    }
 }
 
 struct Need {
@@ -53,10 +74,13 @@ const LLVM: &str = "/usr/lib/llvm-22";
 /// A program that is its package's only reason.
 macro_rules! program {
     ($name:literal, $package:literal, $why:literal) => {
+        program!($name, $package, $why, Scope::Lab)
+    };
+    ($name:literal, $package:literal, $why:literal, $scope:expr) => {
         Need {
             what: $name,
             why: $why,
-            scope: Scope::Lab,
+            scope: $scope,
             detect: |need| find(need.what).is_some(),
             packages: &[$package],
             then: Then::Nothing,
@@ -113,15 +137,97 @@ const NEEDS: &[Need] = &[
         "bpftool",
         "shows what is attached, and what is left"
     ),
+    program!("tmux", "tmux", "a terminal for the tests of `top`"),
     program!("tcpdump", "tcpdump", "looks at a lab's wires by hand"),
     program!("arping", "iputils-arping", "asks a lab's VMs by hand"),
+    program!("curl", "curl", "fetches what documents say to fetch"),
+    program!("jq", "jq", "reads JSON, as documents do"),
     program!("ethtool", "ethtool", "turns a link's offloads off"),
+    program!(
+        "promtool",
+        "prometheus",
+        "checks metrics and alert rules, and scrapes a lab's agent"
+    ),
+    program!("setpriv", "util-linux", "takes rights away in the lab"),
+    program!("script", "bsdutils", "gives the lab's commands a terminal"),
+    program!(
+        "qemu-system-x86_64",
+        "qemu-system-x86",
+        "boots other kernels for `cargo xtask vm`, and real guests",
+        Scope::Vm
+    ),
+    program!(
+        "xz",
+        "xz-utils",
+        "unpacks the modules of such a kernel",
+        Scope::Vm
+    ),
+    program!(
+        "debootstrap",
+        "debootstrap",
+        "makes the Debian that packages are tried in",
+        Scope::Dist
+    ),
+    program!(
+        "systemd-nspawn",
+        "systemd-container",
+        "boots that Debian",
+        Scope::Dist
+    ),
+    program!(
+        "buildah",
+        "buildah",
+        "builds the container image",
+        Scope::Dist
+    ),
+    Need {
+        what: "python3",
+        why: "runs the validator of Kubernetes' manifests",
+        scope: Scope::Dist,
+        detect: |need| find(need.what).is_some(),
+        packages: &["python3", "python3-venv"],
+        then: Then::Nothing,
+    },
+    Need {
+        what: "aarch64-linux-gnu-gcc",
+        why: "links for aarch64",
+        scope: Scope::Dist,
+        detect: |need| {
+            find(need.what).is_some() && PathBuf::from("/usr/aarch64-linux-gnu/lib/libc.a").exists()
+        },
+        packages: &["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"],
+        then: Then::Nothing,
+    },
+    program!(
+        "qemu-aarch64-static",
+        "qemu-user-static",
+        "runs what was built for aarch64",
+        Scope::Dist
+    ),
+    program!(
+        "perfdhcp",
+        "kea-admin",
+        "asks a server for leases as fast as it can, for `cargo xtask bench`",
+        Scope::Bench
+    ),
+    program!(
+        "fping",
+        "fping",
+        "sweeps addresses, as a neighbour in `cargo xtask bench`",
+        Scope::Bench
+    ),
+    program!(
+        "arp-scan",
+        "arp-scan",
+        "sweeps addresses, as a neighbour in `cargo xtask bench`",
+        Scope::Bench
+    ),
 ];
 
 pub fn main(args: &Args) -> Result<ExitCode> {
     let scope = match args.build_only {
         true => Scope::Build,
-        false => Scope::Lab,
+        false => Scope::All,
     };
     let missing = report(scope);
     if missing.is_empty() {
@@ -151,14 +257,50 @@ pub fn ensure(scope: Scope) -> Result<()> {
     install(&missing, false)
 }
 
+/// For tasks that few need: a subcommand of cargo's, from its registry.
+pub fn ensure_cargo_tool(name: &str, version: &str) -> Result<()> {
+    let there = Command::new(name)
+        // As cargo would call it.
+        .args([name.trim_start_matches("cargo-"), "--version"])
+        .env("PATH", path_with_cargo()?)
+        .output();
+    if there.is_ok_and(|output| output.status.success()) {
+        return Ok(());
+    }
+    println!("  cargo: building {name} {version} (a minute or two)");
+    let mut command = Command::new("cargo");
+    command
+        .args(["install", name, "--version", version, "--locked"])
+        .current_dir(env::temp_dir())
+        .env_remove("CARGO_TARGET_DIR");
+    stream("cargo", &mut command, |line| {
+        ["Installed", "error"]
+            .iter()
+            .any(|start| line.trim_start().starts_with(start))
+    })
+    .with_context(|| {
+        format!("cannot install {name}; by hand: cargo install {name} --version {version} --locked")
+    })
+}
+
+/// Where `cargo install` puts programs too.
+fn path_with_cargo() -> Result<std::ffi::OsString> {
+    let home = env::var_os("HOME").unwrap_or_default();
+    let default = || PathBuf::from(home).join(".cargo");
+    let cargo_home = env::var_os("CARGO_HOME").map_or_else(default, PathBuf::from);
+    let path = env::var_os("PATH").unwrap_or_default();
+    let folders = env::split_paths(&path).chain([cargo_home.join("bin")]);
+    Ok(env::join_paths(folders)?)
+}
+
 fn missing(scope: Scope) -> Vec<&'static Need> {
-    let needs = NEEDS.iter().filter(|need| need.scope <= scope);
+    let needs = NEEDS.iter().filter(|need| scope.includes(need.scope));
     needs.filter(|need| !(need.detect)(need)).collect()
 }
 
 fn report(scope: Scope) -> Vec<&'static Need> {
     let missing = missing(scope);
-    for need in NEEDS.iter().filter(|need| need.scope <= scope) {
+    for need in NEEDS.iter().filter(|need| scope.includes(need.scope)) {
         let lacks = missing.iter().any(|this| this.what == need.what);
         let state = if lacks { "missing" } else { "there" };
         println!("  {state:<7}  {:<22} {}", need.what, need.why);
@@ -252,7 +394,7 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get -o DPkg::Lock::Timeout=120 update
 apt-get -o DPkg::Lock::Timeout=120 install --yes --no-install-recommends "$@"
-for unit in isc-dhcp-server kea-dhcp4-server; do
+for unit in isc-dhcp-server kea-dhcp4-server prometheus; do
     case " $* " in
     *" $unit "*) systemctl disable "$unit" 2>/dev/null || true ;;
     esac

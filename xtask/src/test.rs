@@ -1,18 +1,20 @@
 //! `cargo xtask test`: format, lints, and every test, with one line at the end that counts them.
 use std::{
     collections::BTreeSet,
+    env,
     io::{BufReader, Write},
     process::{Command, ExitCode, Stdio},
     thread::available_parallelism,
 };
 
 use anyhow::{Context as _, Result, bail};
-use dhcp_reclaim_tests::agent::BIN;
+use dhcp_reclaim_tests::{agent::BIN, guest};
 
 use crate::{
     cargo::{self, Built, build_agent, cargo},
     guard::{End, Guarded, Signals, as_root},
     setup::{self, Scope},
+    vm,
 };
 
 #[derive(clap::Args)]
@@ -28,26 +30,31 @@ const HOST: &[&str] = &[
     "-p",
     "dhcp-reclaim-tests",
     "-p",
+    "dhcp-reclaim-bench",
+    "-p",
     "xtask",
 ];
 const KERNEL_HALF: &[&str] = &["-p", "dhcp-reclaim-ebpf", "--lib"];
 const LAB_PACKAGE: &str = "tests";
 
 #[derive(Default)]
-struct Summary {
-    suites: Vec<(String, Count)>,
-    interrupted: Option<i32>,
+pub struct Summary {
+    pub suites: Vec<(String, Count)>,
+    pub interrupted: Option<i32>,
 }
 
-#[derive(Clone, Copy, Default)]
-struct Count {
-    passed: u32,
-    failed: u32,
-    skipped: u32,
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Count {
+    pub passed: u32,
+    pub failed: u32,
+    pub skipped: u32,
 }
 
 pub fn main(args: &Args) -> Result<ExitCode> {
-    setup::ensure(Scope::Lab)?;
+    setup::ensure(match args.filter {
+        None => Scope::Vm,
+        Some(_) => Scope::Lab,
+    })?;
     let mut summary = Summary::default();
     if args.filter.is_none() {
         summary.check("format", cargo().args(["fmt", "--all", "--check"]))?;
@@ -71,7 +78,8 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     let (mut unit, mut system): (Vec<_>, Vec<_>) = host
         .into_iter()
         .chain(kernel)
-        .filter(|built| built.executable != agent)
+        // What makes the man pages is no test.
+        .filter(|built| built.executable != agent && built.kind != "example")
         .partition(|built| built.kind != "test");
     unit.sort_by(|a, b| a.package.cmp(&b.package));
     // The lab tests itself before others rely on it.
@@ -89,6 +97,35 @@ pub fn main(args: &Args) -> Result<ExitCode> {
         command.stdin(Stdio::null());
         summary.run(built, args, command, &[], &signals)?;
     }
+    if args.filter.as_ref().is_none_or(|filter| filter == "sim") {
+        let simulation = [
+            &["test", "--no-run", "--profile", "sim"][..],
+            &["-p", "dhcp-reclaim-agent", "--lib"],
+        ];
+        for built in cargo::build(&simulation.concat())? {
+            let mut command = Command::new(&built.executable);
+            command.arg("core::sim").stdin(Stdio::null());
+            // Nobody waits for CI, so there it is given its time.
+            if env::var_os("CI").is_some() {
+                command.env("DHCP_RECLAIM_SIM_LIVES", "1000000");
+                command.env("DHCP_RECLAIM_SIM_SECONDS", "300");
+            }
+            summary.run(&built, args, command, &[], &signals)?;
+        }
+    }
+    // Guests for real boot a kernel; without it their tests skip.
+    if args.filter.is_none()
+        && let Err(error) = vm::fetch(guest::KERNEL, false)
+    {
+        println!("FAILED: {error:#}");
+        let failed = Count {
+            failed: 1,
+            ..Count::default()
+        };
+        summary
+            .suites
+            .push(("a kernel for guests".to_owned(), failed));
+    }
     for built in &system {
         // Each test owns its world and mostly waits; more than this would only stretch the waits.
         let threads = (1 + available_parallelism().map_or(1, usize::from)).min(8);
@@ -101,6 +138,13 @@ pub fn main(args: &Args) -> Result<ExitCode> {
             &[format!("--test-threads={threads}")],
             &signals,
         )?;
+    }
+    if args.filter.is_none() {
+        let lab: Vec<_> = system
+            .into_iter()
+            .filter(|built| built.package == LAB_PACKAGE)
+            .collect();
+        vm::small(&agent, &lab, &mut summary, &signals)?;
     }
     Ok(summary.end())
 }
@@ -158,7 +202,7 @@ impl Summary {
         Ok(())
     }
 
-    fn end(&self) -> ExitCode {
+    pub fn end(&self) -> ExitCode {
         println!("\n== summary");
         let mut all = Count::default();
         for (name, count) in &self.suites {
@@ -168,7 +212,7 @@ impl Summary {
                 skipped,
             } = count;
             if passed + failed + skipped > 0 {
-                println!("{name:<44} {passed:>4} passed {failed:>3} failed {skipped:>3} skipped");
+                println!("{name:<48} {passed:>4} passed {failed:>3} failed {skipped:>3} skipped");
             }
             all.passed += passed;
             all.failed += failed;
@@ -194,33 +238,51 @@ impl Summary {
 }
 
 /// Passes on what matters of a test binary's output, and counts.
+fn show(reader: impl std::io::BufRead, out: &mut impl Write) -> Count {
+    let mut output = Output::default();
+    for line in reader.split(b'\n').map_while(Result::ok) {
+        output.line(&String::from_utf8_lossy(&line), out);
+    }
+    output.count()
+}
+
+/// A test binary's output, read line by line.
 ///
 /// The count is libtest's own last line: a test of the lab runs itself once more in a world of its
 /// own, and so says its results twice. A test that cannot run here says `SKIP name: reason`, which
 /// libtest counts as passed. One that has measured something says `NOTE ...`.
-fn show(reader: impl std::io::BufRead, out: &mut impl Write) -> Count {
-    let mut count = Count::default();
-    let mut skips = BTreeSet::new();
-    // libtest tells the output of those that passed first, then of those that failed.
-    let mut results = true;
-    let mut failures = false;
-    for line in reader.split(b'\n').map_while(Result::ok) {
-        let line = String::from_utf8_lossy(&line).into_owned();
-        results &= line != "successes:" && line != "failures:";
-        failures |= line == "failures:";
+#[derive(Default)]
+pub struct Output {
+    count: Count,
+    skips: BTreeSet<String>,
+    /// libtest tells the output of those that passed first, then of those that failed.
+    details: bool,
+    failures: bool,
+}
+
+impl Output {
+    pub fn line(&mut self, line: &str, out: &mut impl Write) {
+        self.details |= line == "successes:" || line == "failures:";
+        self.failures |= line == "failures:";
         if let Some(total) = line.strip_prefix("test result: ").and_then(total) {
-            count = total;
+            self.count = total;
         }
-        let skip = line.starts_with("SKIP ") && skips.insert(line.clone());
-        let result = results && line.starts_with("test ") && line.contains(" ... ");
-        if result || skip || line.starts_with("NOTE ") || failures {
+        let skip = line.starts_with("SKIP ") && self.skips.insert(line.to_owned());
+        let result = !self.details && line.starts_with("test ") && line.contains(" ... ");
+        if result || skip || line.starts_with("NOTE ") || self.failures {
             // Nobody may be left to read it; the count is what matters.
             let _ = writeln!(out, "{line}");
         }
     }
-    count.skipped = u32::try_from(skips.len()).unwrap_or(u32::MAX);
-    count.passed = count.passed.saturating_sub(count.skipped);
-    count
+
+    pub fn count(&self) -> Count {
+        let skipped = u32::try_from(self.skips.len()).unwrap_or(u32::MAX);
+        Count {
+            skipped,
+            passed: self.count.passed.saturating_sub(skipped),
+            failed: self.count.failed,
+        }
+    }
 }
 
 /// Reads `ok. 3 passed; 0 failed; ...`.

@@ -1,0 +1,417 @@
+//! `cargo xtask vm`: the system tests inside of machines that boot other kernels than this host's.
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::{BufRead as _, BufReader, stdout},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use dhcp_reclaim_tests::{
+    agent::BIN,
+    boot::{Accel, Kernel, KernelVersion, Machine},
+    clock::{Deadline, SLOW},
+    sandbox::run,
+    watch::tail,
+};
+
+use crate::{
+    cargo::{self, Built, build_agent},
+    guard::{End, Guarded, Signals},
+    setup::{self, Scope},
+    test::{Count, Output, Summary},
+};
+use guest::{Plan, Program};
+use image::Userland;
+use report::Word;
+
+pub mod guest;
+mod image;
+mod report;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Which kernels: 5.10, 6.1, 6.12, newest; all of them if none is named
+    #[arg(long, value_delimiter = ',')]
+    kernel: Vec<KernelVersion>,
+    /// With the processor's own virtualisation instead of emulation: faster, where it works
+    #[arg(long)]
+    kvm: bool,
+    /// Only fetch the kernels, and newer ones where there are
+    #[arg(long)]
+    fetch: bool,
+    /// Only what `cargo xtask test` runs of all this: two kernels, a few tests
+    #[arg(long, conflicts_with_all = ["kernel", "filter", "fetch", "kvm"])]
+    small: bool,
+    /// Only the tests whose names contain one of these
+    filter: Vec<String>,
+}
+
+/// What a machine gets. The archive is in its memory twice while it boots.
+const MEMORY_MIB: u32 = 2048;
+const CPUS: u8 = 2;
+/// A test mostly waits, but starting an agent is work, and more so for an emulated verifier.
+const THREADS: u8 = 2;
+/// What an emulated processor needs more of a wait's limit.
+const EMULATION_FACTOR: u32 = 3;
+
+/// From qemu's start to the first word.
+const BOOT_LIMIT: Duration = Duration::from_secs(240);
+/// More than any one test may take, emulated.
+const SILENCE_LIMIT: Duration = Duration::from_secs(600);
+/// How often signals and limits are looked at while nothing is said.
+const TICK: Duration = Duration::from_millis(200);
+
+pub fn main(args: &Args) -> Result<ExitCode> {
+    setup::ensure(Scope::Vm)?;
+    let versions = match &args.kernel[..] {
+        _ if args.small => SMALL.to_vec(),
+        [] => KernelVersion::ALL.to_vec(),
+        named => named.to_vec(),
+    };
+    let mut kernels = Vec::new();
+    for version in versions {
+        let kernel = fetch(version, args.fetch)?;
+        println!("  kernel {version:<8} {}", kernel.release);
+        kernels.push(kernel);
+    }
+    if args.fetch {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let accel = match args.kvm {
+        true => Accel::Kvm,
+        false => Accel::Tcg,
+    };
+    let agent = build_agent()?;
+    let mut suites = cargo::build(&["test", "--no-run", "-p", "dhcp-reclaim-tests", "--tests"])?;
+    suites.retain(|built| built.kind == "test" && !SAME_EVERYWHERE.contains(&built.name.as_str()));
+    suites.sort_by_key(|built| (built.name != "lab", built.name.clone()));
+
+    let mut summary = Summary::default();
+    let signals = Signals::catch()?;
+    if args.small {
+        small(&agent, &suites, &mut summary, &signals)?;
+        return Ok(summary.end());
+    }
+    let matrix = Matrix::new(&agent, &suites, accel)?;
+    for kernel in &kernels {
+        matrix.run(kernel, |_| Some(&args.filter[..]), &mut summary, &signals)?;
+    }
+    Ok(summary.end())
+}
+
+/// Suites that no kernel changes: what documents say, and what a terminal shows.
+const SAME_EVERYWHERE: [&str; 3] = ["documents", "reference", "top"];
+
+/// The oldest, by clsact, and one with tcx.
+const SMALL: [KernelVersion; 2] = [KernelVersion::V5_10, KernelVersion::V6_12];
+
+/// What `xtask test` runs of all this: the programs themselves, and a life with each server.
+pub fn small(
+    agent: &Path,
+    suites: &[Built],
+    summary: &mut Summary,
+    signals: &Signals,
+) -> Result<()> {
+    let tests = |suite: &str| -> Option<&[&str]> {
+        Some(match suite {
+            "kernel" => &[],
+            "main_road" => &[
+                "dnsmasq_remote_tc::dies_with_its_port",
+                "kea_local_tc::dies_with_its_port",
+                "isc_remote_xdp::dies_behind_its_port",
+            ],
+            "vlan" => &["dies_behind_an_access_port"],
+            "wires" => &["tagged_guests_of_dnsmasq_elsewhere", "loss_and_delay"],
+            _ => return None,
+        })
+    };
+    for built in suites {
+        let list = run(Command::new(&built.executable).arg("--list"))?;
+        for name in tests(&built.name).unwrap_or_default() {
+            ensure!(list.contains(name), "{} has no test {name}", built.name);
+        }
+    }
+    let matrix = Matrix::new(agent, suites, Accel::Tcg)?;
+    for version in SMALL {
+        let kernel = fetch(version, false)?;
+        matrix.run(&kernel, tests, summary, signals)?;
+    }
+    Ok(())
+}
+
+/// `xtask run --in-vm`: the main job, shown on another kernel.
+pub fn demo(version: KernelVersion, lab: Vec<String>) -> Result<ExitCode> {
+    setup::ensure(Scope::Vm)?;
+    let kernel = fetch(version, false)?;
+    let agent = build_agent()?;
+    let mut userland = Userland::new()?;
+    let agent = userland.built(&agent, AGENT)?;
+    let plan = Plan {
+        env: vec![(BIN.to_owned(), agent), slow()],
+        programs: vec![Program {
+            name: "the lab".to_owned(),
+            program: image::INIT.to_owned(),
+            args: [vec!["__lab".to_owned()], lab].concat(),
+            dir: "/".to_owned(),
+        }],
+    };
+    println!(
+        "  booting {} (emulated: give it half a minute)",
+        kernel.release
+    );
+    let signals = Signals::catch()?;
+    let mut code = ExitCode::FAILURE;
+    let mut booted = Booted::start(&userland, &kernel, &plan, Accel::Tcg)?;
+    let interrupted = booted.follow(&signals, |said| match said {
+        Said::Line(line) => println!("{line}"),
+        Said::Word(Word::End(status)) => {
+            code = u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from);
+        }
+        Said::Word(_) => {}
+    })?;
+    Ok(interrupted.map_or(code, |signal| End::Interrupted(signal).code()))
+}
+
+fn slow() -> (String, String) {
+    (SLOW.to_owned(), EMULATION_FACTOR.to_string())
+}
+
+pub fn fetch(version: KernelVersion, again: bool) -> Result<Kernel> {
+    let store = Kernel::store();
+    if again || Kernel::find(version, &store).is_err() {
+        println!("  fetching the kernel {version}");
+    }
+    Kernel::fetch(version, &store, again)
+}
+
+/// The same tests, over kernels.
+pub struct Matrix {
+    userland: Userland,
+    /// Where it is in a machine.
+    agent: String,
+    suites: Vec<(String, String)>,
+    accel: Accel,
+}
+
+impl Matrix {
+    pub fn new(agent: &Path, suites: &[Built], accel: Accel) -> Result<Self> {
+        let mut userland = Userland::new()?;
+        userland.folder(&cargo::root().join(TESTS))?;
+        let agent = userland.built(agent, AGENT)?;
+        let suites = suites.iter().map(|built| {
+            let path = userland.built(&built.executable, &built.name)?;
+            Ok((built.name.clone(), path))
+        });
+        let suites = suites.collect::<Result<_>>()?;
+        Ok(Self {
+            userland,
+            agent,
+            suites,
+            accel,
+        })
+    }
+
+    /// Runs the suites that `wanted` names, with what it says of their tests, under `kernel`.
+    pub fn run<'a, S: AsRef<str> + 'a>(
+        &self,
+        kernel: &Kernel,
+        wanted: impl Fn(&str) -> Option<&'a [S]>,
+        summary: &mut Summary,
+        signals: &Signals,
+    ) -> Result<()> {
+        if summary.interrupted.is_some() {
+            return Ok(());
+        }
+        let mut plan = Plan::default();
+        plan.env.push((BIN.to_owned(), self.agent.clone()));
+        if self.accel == Accel::Tcg {
+            plan.env.push(slow());
+        }
+        for (name, path) in &self.suites {
+            let Some(filter) = wanted(name) else {
+                continue;
+            };
+            let mut args: Vec<_> = filter.iter().map(|name| name.as_ref().to_owned()).collect();
+            args.push(format!("--test-threads={THREADS}"));
+            args.push("--show-output".to_owned());
+            plan.programs.push(Program {
+                name: name.clone(),
+                program: path.clone(),
+                args,
+                dir: cargo::root().join(TESTS).to_string_lossy().into_owned(),
+            });
+        }
+        let mut booted = Booted::start(&self.userland, kernel, &plan, self.accel)?;
+        let mut suite: Option<(String, Output)> = None;
+        let mut titles = BTreeSet::new();
+        let end = booted.follow(signals, |said| match said {
+            Said::Word(Word::Begin(name)) => suite = Some((name, Output::default())),
+            Said::Word(Word::End(status)) => {
+                if let Some((name, output)) = suite.take() {
+                    let mut count = output.count();
+                    // A suite that dies says nothing of a failed test.
+                    if status != 0 {
+                        count.failed = count.failed.max(1);
+                    }
+                    summary.suites.push((row(kernel, &name), count));
+                }
+            }
+            Said::Line(line) => {
+                if let Some((name, output)) = &mut suite {
+                    // Of suites without a test that is wanted nothing is said.
+                    if line.starts_with("running ") && line != "running 0 tests" {
+                        titles.insert(name.clone()).then(|| {
+                            println!("== {} {name}", kernel.release);
+                        });
+                    }
+                    output.line(&line, &mut stdout());
+                }
+            }
+            Said::Word(_) => {}
+        });
+        match end {
+            Ok(None) => {}
+            Ok(Some(signal)) => summary.interrupted = Some(signal),
+            Err(error) => {
+                println!("FAILED: {}: {error:#}", kernel.release);
+                let name = suite.map_or_else(|| "boot".to_owned(), |(name, _)| name);
+                let failed = Count {
+                    failed: 1,
+                    ..Count::default()
+                };
+                summary.suites.push((row(kernel, &name), failed));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn row(kernel: &Kernel, suite: &str) -> String {
+    format!("{:<32} {suite}", kernel.release)
+}
+
+/// A machine at work.
+struct Booted {
+    qemu: Guarded,
+    lines: Receiver<String>,
+    dir: PathBuf,
+    accel: Accel,
+}
+
+enum Said {
+    Word(Word),
+    Line(String),
+}
+
+impl Booted {
+    fn start(userland: &Userland, kernel: &Kernel, plan: &Plan, accel: Accel) -> Result<Self> {
+        let dir = cargo::root().join("target/vm").join(&kernel.release);
+        fs::create_dir_all(&dir)?;
+        let archive = dir.join("initramfs.cpio");
+        userland.write(kernel, plan, &archive)?;
+        let machine = Machine {
+            kernel,
+            initramfs: &archive,
+            accel,
+            cpus: CPUS,
+            memory_mib: MEMORY_MIB,
+            console: dir.join(CONSOLE),
+            append: format!("rdinit={} -- __guest", image::INIT),
+            args: [
+                "-chardev",
+                "stdio,id=line,signal=off",
+                "-serial",
+                "chardev:line",
+            ]
+            .map(Into::into)
+            .to_vec(),
+        };
+        let (reader, writer) = std::io::pipe()?;
+        let errors = File::create(dir.join(ERRORS))?;
+        let mut command = machine.command();
+        command.stdin(Stdio::null()).stdout(writer).stderr(errors);
+        let qemu = Guarded::spawn(&mut command)?;
+        // It holds the pipe's other end too.
+        drop(command);
+        let (sender, lines) = channel();
+        // It ends with the pipe, or with whoever listens.
+        std::thread::spawn(move || {
+            for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).into_owned();
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self {
+            qemu,
+            lines,
+            dir,
+            accel,
+        })
+    }
+
+    /// Hands on what the machine says until it is done; the signal, if one came before that.
+    fn follow(&mut self, signals: &Signals, mut tell: impl FnMut(Said)) -> Result<Option<i32>> {
+        let end = self.listen(signals, &mut tell);
+        self.qemu.end()?;
+        fs::remove_file(self.dir.join("initramfs.cpio"))?;
+        end.with_context(|| {
+            let text = |name| fs::read(self.dir.join(name)).unwrap_or_default();
+            let console = text(CONSOLE);
+            format!(
+                "{}the console's last lines:\n{}\n",
+                String::from_utf8_lossy(&text(ERRORS)),
+                tail(&String::from_utf8_lossy(&console), 40)
+            )
+        })
+    }
+
+    fn listen(&mut self, signals: &Signals, tell: &mut impl FnMut(Said)) -> Result<Option<i32>> {
+        let mut up = false;
+        let mut limit = Deadline::after(BOOT_LIMIT);
+        loop {
+            if let Some(signal) = signals.caught() {
+                return Ok(Some(signal));
+            }
+            let line = match self.lines.recv_timeout(TICK) {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Disconnected) => match signals.caught() {
+                    // Whoever stopped us may have stopped it too.
+                    Some(signal) => return Ok(Some(signal)),
+                    None => bail!("the machine ended too early"),
+                },
+                Err(RecvTimeoutError::Timeout) if !limit.passed() => continue,
+                Err(RecvTimeoutError::Timeout) if !up && self.accel == Accel::Kvm => {
+                    bail!("it did not boot within {BOOT_LIMIT:?}: go without --kvm here")
+                }
+                Err(RecvTimeoutError::Timeout) if !up => {
+                    bail!("it did not boot within {BOOT_LIMIT:?}")
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("it has said nothing for {SILENCE_LIMIT:?}")
+                }
+            };
+            limit = Deadline::after(SILENCE_LIMIT);
+            match Word::of_line(&line) {
+                Some(Word::Done) => return Ok(None),
+                Some(Word::Broken(why)) => bail!("its first process cannot go on: {why}"),
+                Some(word) => {
+                    up = true;
+                    tell(Said::Word(word));
+                }
+                None => tell(Said::Line(line)),
+            }
+        }
+    }
+}
+
+/// In a machine's folder: what its kernel said, and what qemu had to complain about.
+const CONSOLE: &str = "console.log";
+const ERRORS: &str = "qemu.log";
+const TESTS: &str = "tests";
+const AGENT: &str = "dhcp-reclaim";
