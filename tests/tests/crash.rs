@@ -166,12 +166,21 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
         }
         sleep(Duration::from_millis(100));
     }
-    ensure!(
-        held.is_empty(),
-        "seed {seed}: forgotten: {held:?}\nthe agent has {:?}\nlog:\n{}",
-        agent.list()?,
-        log()
-    );
+    if let Some(forgotten) = held.first() {
+        let told = agent.ask_text(&["explain", &forgotten.ip.to_string()]);
+        let lives = lives.iter().filter(|life| life.mac == forgotten.mac);
+        let ip = forgotten.ip.to_string();
+        let log = log();
+        let of_it: Vec<_> = log.lines().filter(|line| line.contains(&ip)).collect();
+        bail!(
+            "seed {seed}: forgotten: {held:?}\n{}\nat {:?} its lives {:?}\nlog of it:\n{}\nlog:\n{}",
+            told.unwrap_or_else(|error| format!("{error:#}")),
+            now(),
+            lives.collect::<Vec<_>>(),
+            of_it.join("\n"),
+            tail(&log, 60)
+        );
+    }
     for vm in &living {
         let ip = vm.lease().context("a living VM without a lease")?;
         ensure!(world.server.has(ip)?, "{}: {ip} was taken away", vm.name);
