@@ -609,6 +609,38 @@ lab_test! {
         world.server.wait_gone(leases[1], PATIENCE).with_context(|| agent.log())
     }
 
+    /// A VM is plugged in anew while there is no agent, and the next one is killed as soon as it
+    /// watches the new port: the one after that must not take the old port for there, and with it
+    /// the answer at the new one for a neighbour's.
+    fn killed_when_it_has_just_found_a_new_port() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
+        let setup = world.agent(Hook::Tc).quick();
+        let agent = setup.start()?;
+        let mut vm = world.boot(1)?;
+        let ip = vm.wait_lease(PATIENCE)?;
+        agent.wait_event("bound", ip, PATIENCE)?;
+        agent.kill();
+        vm.kill(KillKind::PortDeleted)?;
+        drop(vm);
+        let mut vm = Vm::off(&world.node, "vm1", vm_mac(1))?;
+        vm.plug_in()?;
+        let mut second = setup.spawn()?;
+        let mut tracer = Tracer::seize(second.pid())?;
+        while !is_watched("vm1")? {
+            tracer.step()?;
+        }
+        second.kill();
+        drop(tracer);
+        vm.start_client(Client::Udhcpc)?;
+        ensure!(vm.wait_lease(PATIENCE)? == ip, "another address");
+        let agent = setup.start()?;
+        let (verdict, reason) = agent.gate(ip, "confirmed")?;
+        ensure!(verdict == "pass", "{verdict}: {reason}\n{}", agent.log());
+        vm.kill(KillKind::PortDeleted)?;
+        world.server.wait_gone(ip, PATIENCE).with_context(|| agent.log())?;
+        agent.stop()
+    }
+
     fn a_damaged_store_is_set_aside() {
         let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
         let setup = world.agent(Hook::Tc).quick();

@@ -72,6 +72,14 @@ impl Left {
     }
 }
 
+/// Ports that an earlier agent knew, whether they are there or not.
+pub(super) fn known_ports(remembered: &store::Memory, left: &Left) -> BTreeSet<IfIndex> {
+    let watched = left.slots.iter().map(|slot| slot.ifindex);
+    let written = remembered.ports.iter().map(|row| row.ifindex);
+    let of_bindings = remembered.bindings.iter().map(|row| row.ifindex);
+    watched.chain(written).chain(of_bindings).collect()
+}
+
 /// A RELEASE that is decided: it may leave once the store knows of it.
 pub(super) struct Intent {
     pub(super) key: Key,

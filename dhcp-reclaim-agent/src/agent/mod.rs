@@ -35,7 +35,7 @@ use self::{
     addresses::Addresses,
     armed::{Armed, Scope},
     epochs::Epochs,
-    memory::{Left, Memory},
+    memory::{Left, Memory, known_ports},
     operator::Questions,
     query::Queries,
     segments::Segments,
@@ -228,11 +228,18 @@ impl Agent {
         // Who goes while we look has said something that nobody would understand yet.
         let goes = |event: &PortEvent| matches!(event, PortEvent::PortDown { .. });
         let later = present.split_off(present.iter().position(goes).unwrap_or(present.len()));
-        for event in present {
+        // A VM may have been plugged in anew meanwhile: what it says by its next port is heard once
+        // the end of its old one is written down, or the next agent would find it at both.
+        let known = known_ports(&remembered, &left);
+        let (new, old): (Vec<_>, Vec<_>) = present.into_iter().partition(|event| {
+            matches!(event, PortEvent::PortUp(port)
+                if port.role == Role::Vm && !known.contains(&port.ifindex))
+        });
+        for event in old {
             agent.port_event(event).await;
         }
         agent.remember(remembered, left, listed_at).await;
-        for event in later {
+        for event in new.into_iter().chain(later) {
             agent.port_event(event).await;
         }
         agent.import_files().await;

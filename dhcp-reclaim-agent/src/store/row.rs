@@ -30,7 +30,7 @@ pub struct BindingRow {
     client_id: Option<Vec<u8>>,
     server: Option<Ipv4Addr>,
     server_mac: Option<MacAddr>,
-    ifindex: IfIndex,
+    pub ifindex: IfIndex,
     port: String,
     state: State,
     #[serde(default)]
