@@ -98,9 +98,13 @@ pub struct Vm {
     vlan: Option<u16>,
     netns: NetNs,
     dir: PathBuf,
+    life: u64,
     client: Option<(Client, Process)>,
     traffic: Vec<Traffic>,
 }
+
+/// Guests so far.
+static LIVES: AtomicU64 = AtomicU64::new(0);
 
 impl Vm {
     /// Makes the port `name` and boots a VM behind it, whose client asks as soon as it has a link.
@@ -127,6 +131,7 @@ impl Vm {
             vlan: node.vlan,
             netns: NetNs::new()?,
             dir,
+            life: LIVES.fetch_add(1, Ordering::Relaxed),
             client: None,
             traffic: Vec::new(),
         })
@@ -194,8 +199,14 @@ impl Vm {
         .with_context(|| format!("its client says:\n{}", tail(&self.client_log(), 15)))
     }
 
+    /// Of this guest alone: the script of a client that was killed may write down its last lease when
+    /// another guest of that name lives.
+    fn lease_file(&self) -> PathBuf {
+        self.dir.join(format!("lease-{}", self.life))
+    }
+
     pub fn lease(&self) -> Option<Ipv4Addr> {
-        let text = fs::read_to_string(self.dir.join("lease")).ok()?;
+        let text = fs::read_to_string(self.lease_file()).ok()?;
         let line = text
             .split_inclusive('\n')
             .rfind(|line| line.ends_with('\n'))?;
@@ -342,7 +353,7 @@ impl Vm {
     }
 
     fn client_command(&self, client: Client) -> Result<std::process::Command> {
-        let lease = self.dir.join("lease");
+        let lease = self.lease_file();
         let script = self.dir.join("script");
         let text = match client {
             Client::Udhcpc | Client::UdhcpcChecking => UDHCPC_SCRIPT,
