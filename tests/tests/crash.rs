@@ -630,7 +630,6 @@ lab_test! {
             tracer.step()?;
         }
         second.kill();
-        drop(tracer);
         vm.start_client(Client::Udhcpc)?;
         ensure!(vm.wait_lease(PATIENCE)? == ip, "another address");
         let agent = setup.start()?;
