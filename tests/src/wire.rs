@@ -17,12 +17,12 @@ use nix::{
     net::if_::if_nametoindex,
     sys::{
         socket::{setsockopt, sockopt},
-        time::TimeVal,
+        time::{TimeSpec, TimeVal},
     },
 };
 
 use crate::{
-    clock::{Deadline, now},
+    clock::{Deadline, now, wall},
     fixture::Mac,
     netns::NetNs,
 };
@@ -44,6 +44,7 @@ struct Shared {
 
 #[derive(Clone, Debug)]
 pub struct Frame {
+    /// When it passed, by the kernel; this process may read it later.
     pub at: Instant,
     /// Sent by the host that captures, not received.
     pub outgoing: bool,
@@ -90,6 +91,7 @@ impl Capture {
             Ok((packet_socket()?, usize::try_from(index)?))
         })?;
         // Room for a burst that comes while the reader waits for its turn.
+        setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
         setsockopt(&socket, sockopt::RcvBufForce, &(16 << 20))?;
         // Only so that the reader looks at its stop flag now and then.
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(0, 50_000))?;
@@ -293,7 +295,7 @@ fn read(socket: &OwnedFd, index: usize, shared: &Shared) {
             continue;
         }
         let frame = Frame {
-            at: now(),
+            at: received.at,
             outgoing: received.from.sll_pkttype == PACKET_OUTGOING,
             vlan: received.vlan,
             bytes: buffer[..received.length].to_vec(),
@@ -310,6 +312,7 @@ fn read(socket: &OwnedFd, index: usize, shared: &Shared) {
 const PACKET_OUTGOING: u8 = 4;
 
 struct Received {
+    at: Instant,
     length: usize,
     from: libc::sockaddr_ll,
     vlan: Option<u16>,
@@ -351,6 +354,7 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<Received> {
     let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, 0) };
     let length = usize::try_from(length).ok()?;
     let mut vlan = None;
+    let mut waited = Duration::ZERO;
     // SAFETY: the kernel has just filled the header; the macros stay within its control buffer.
     unsafe {
         let mut message = libc::CMSG_FIRSTHDR(&raw const header);
@@ -365,8 +369,21 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<Received> {
                     vlan = Some(aux.tp_vlan_tci & 0xfff);
                 }
             }
+            if (*message).cmsg_level == libc::SOL_SOCKET
+                && (*message).cmsg_type == libc::SCM_TIMESTAMPNS
+            {
+                let passed = libc::CMSG_DATA(message)
+                    .cast::<libc::timespec>()
+                    .read_unaligned();
+                waited = wall().saturating_sub(TimeSpec::from(passed).into());
+            }
             message = libc::CMSG_NXTHDR(&raw const header, message);
         }
     }
-    Some(Received { length, from, vlan })
+    Some(Received {
+        at: now() - waited,
+        length,
+        from,
+        vlan,
+    })
 }
