@@ -5,12 +5,13 @@ use std::{net::Ipv4Addr, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
     agent::{Hook, Setup},
+    clock::{now, scaled},
     cluster::{Cluster, NODES},
-    fixture::{Mac, NIC, SERVER_IP, SERVER_MAC, UPLINK, vm_mac},
+    fixture::{BRIDGE, Mac, NIC, SERVER_IP, SERVER_MAC, UPLINK, vm_mac},
     forge::{BROADCAST_MAC, Forged, Nic, arp, rarp},
     lab_test,
     node::Node,
-    scene::Scene,
+    scene::{Scene, is_release},
     server::{Place, ServerKind},
     vm::{Client, KillKind, Order, Vm},
     wire::{Capture, REQUEST},
@@ -90,6 +91,34 @@ lab_test! {
         cluster.second.wait_port_event("port-lost", "vm1", PATIENCE)?;
         scene.meanwhile(2)?;
         scene.unharmed(&vm, ip)
+    }
+
+    /// Network scripts delete the bridge and make it again: whoever died just then may as well have
+    /// been started at a port that nobody heard.
+    fn a_bridge_that_is_made_again() {
+        let scene = Scene::new(10, &["--hold-down-silent", "6s"])?;
+        let netns = &scene.world.node.netns;
+        let (mut vm, ip) = scene.living(1)?;
+        let (mut other, gone) = scene.living(2)?;
+        other.kill(KillKind::PortDeleted)?;
+        netns.ip(&format!("link del {BRIDGE}"))?;
+        scene.agent.wait("that the bridge is gone", PATIENCE, |event| {
+            event.json["reason"] == "settled: its bridge is gone"
+        })?;
+        let (verdict, reason) = scene.agent.gate(gone, "settled")?;
+        ensure!(verdict == "hold", "{reason}");
+        scene.world.node.add_bridge()?;
+        let back = now();
+        for port in [UPLINK, vm.name.as_str()] {
+            netns.ip(&format!("link set {port} master {BRIDGE}"))?;
+        }
+        vm.ping(SERVER_IP)?;
+        scene.unharmed(&vm, ip)?;
+        scene.freed(gone)?;
+        let release = scene.wire.frames().into_iter().find(|frame| is_release(frame, gone));
+        let waited = release.context("no RELEASE")?.at - back;
+        ensure!(waited >= scaled(Duration::from_secs(6)), "released {waited:?} after the bridge came back");
+        scene.speaks_and_dies(&mut vm, ip)
     }
 
     fn its_mac_comes_by_the_uplink_while_its_port_is_silent() {

@@ -1,6 +1,9 @@
 //! The loop's dealings with the store: what is to be written, and what an earlier agent knew.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use dhcp_reclaim_ebpf::abi::{
     EmitOrder, PortSlot, VERDICT_SENT, VERDICT_UNWATCHED, VERDICT_VETOED, WatchKey,
@@ -30,6 +33,8 @@ use crate::{
 pub(super) struct Memory {
     store: Store,
     boot: String,
+    /// For how long the host had been suspended, as far as the core has been told.
+    suspended: Duration,
     bindings: BTreeSet<Key>,
     transactions: BTreeSet<TransactionId>,
     ports: BTreeSet<IfIndex>,
@@ -95,6 +100,7 @@ impl Memory {
             trail,
             lines: Vec::new(),
             boot,
+            suspended: clock::boottime().since(clock::monotonic()),
             bindings: BTreeSet::new(),
             transactions: BTreeSet::new(),
             ports: BTreeSet::new(),
@@ -189,8 +195,14 @@ impl Memory {
         Moment {
             boot: self.boot.clone(),
             monotonic: clock::monotonic(),
+            suspended: self.suspended,
             wall: clock::wall(),
         }
+    }
+
+    /// What is written from now on has been told that the host was suspended for so long, in all.
+    pub(super) fn set_suspended(&mut self, suspended: Duration) {
+        self.suspended = suspended;
     }
 
     fn is_clean(&self) -> bool {

@@ -69,6 +69,8 @@ const EPOCH_MIN: Duration = Duration::from_millis(50);
 const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
 /// The loop turns once an epoch at least. Whoever did not run for longer has not listened meanwhile.
 const OVERSLEPT: Duration = Duration::from_secs(5);
+/// The clocks of a host that is not suspended do not come apart by as much.
+const SUSPENDED: Duration = Duration::from_millis(10);
 /// Batches that are read before something else gets its turn.
 const DRAIN: usize = 64;
 /// Option 56 of every RELEASE: who sent it, for the server's log.
@@ -238,6 +240,10 @@ impl Agent {
         for event in old {
             agent.port_event(event).await;
         }
+        for (segment, _) in agent.segments.absent() {
+            let there = false;
+            agent.tell(Event::Bridge { segment, there }).await;
+        }
         agent.remember(remembered, left, listed_at).await;
         for event in new.into_iter().chain(later) {
             agent.port_event(event).await;
@@ -266,7 +272,7 @@ impl Agent {
             "ready"
         );
         self.turned_at = (clock::boottime(), clock::monotonic());
-        for bridge in self.segments.absent() {
+        for (_, bridge) in self.segments.absent() {
             warn!(bridge, "not there yet: waiting for it");
         }
         self.service.ready(&self.status());
@@ -379,12 +385,14 @@ impl Agent {
         let now = (clock::boottime(), clock::monotonic());
         let before = std::mem::replace(&mut self.turned_at, now);
         let slept = now.0.since(before.0);
-        if slept > OVERSLEPT {
+        let suspended = slept.saturating_sub(now.1.since(before.1));
+        self.memory.set_suspended(now.0.since(now.1));
+        // However short a suspension is, leases went on meanwhile, and more may follow.
+        if slept > OVERSLEPT || suspended > SUSPENDED {
             warn!(
                 seconds = slept.as_secs(),
                 "did not run for a while: silence is counted anew"
             );
-            let suspended = slept.saturating_sub(now.1.since(before.1));
             self.tell(Event::Overslept { suspended }).await;
         }
     }
@@ -465,6 +473,10 @@ impl Agent {
             PortEvent::BridgeUp { ifindex, name, mac } => {
                 info!(bridge = name, ifindex, %mac, "bridge is there");
                 self.segments.up(ifindex, &name, mac);
+                if let Some(segment) = self.segments.id(&name) {
+                    let there = true;
+                    self.tell(Event::Bridge { segment, there }).await;
+                }
                 // The one before it may have filtered VLANs.
                 self.bridge_vlans(ifindex, VlanFiltering::Off).await;
             }
@@ -477,6 +489,10 @@ impl Agent {
                 warn!(bridge = name, ifindex, "bridge is gone: waiting for it");
                 self.segments.down(ifindex);
                 self.vlans.forget(ifindex);
+                if let Some(segment) = self.segments.id(&name) {
+                    let there = false;
+                    self.tell(Event::Bridge { segment, there }).await;
+                }
             }
             PortEvent::PortUp(port) => self.port_up(port).await,
             PortEvent::PortDown { ifindex, loss } => self.port_down(ifindex, loss).await,

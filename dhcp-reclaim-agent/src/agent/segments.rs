@@ -45,12 +45,9 @@ impl Segments {
         Some(name)
     }
 
-    pub(super) fn absent(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn absent(&self) -> Vec<(SegmentId, String)> {
         let absent = |(id, _): &&(SegmentId, String)| !self.bridges.contains_key(id);
-        self.names
-            .iter()
-            .filter(absent)
-            .map(|(_, name)| name.as_str())
+        self.names.iter().filter(absent).cloned().collect()
     }
 
     pub(super) fn up(&mut self, ifindex: IfIndex, name: &str, mac: MacAddr) {

@@ -77,6 +77,8 @@ struct Segment {
     had_uplink: bool,
     /// Some of its ports are not asked for their DHCP, or were not.
     had_aside: bool,
+    /// Its bridge is not there.
+    gone: bool,
     /// Why nothing of it may be released.
     held: Option<String>,
     /// Of its bridge itself, if that filters VLANs.
@@ -222,6 +224,7 @@ impl Engine {
         match event {
             Event::PortUp(port) => self.port_up(port, now),
             Event::PortDown { port, loss } => self.port_down(port, loss, now),
+            Event::Bridge { segment, there } => self.bridge(segment, there, now),
             Event::SegmentHeld { segment, reason } => self.segment_held(segment, reason, now),
             Event::SegmentVlans { segment, own } => {
                 if self.segment(segment).vlans != own {
@@ -345,11 +348,39 @@ impl Engine {
             uplinks: BTreeSet::new(),
             had_aside: false,
             had_uplink: false,
+            gone: false,
             held: None,
             vlans: None,
             servers: BTreeMap::new(),
             relays: BTreeMap::new(),
         })
+    }
+
+    /// Without its bridge nobody can be asked, and whoever is plugged in anew is not heard: the same as
+    /// after a time in which no agent ran.
+    fn bridge(&mut self, id: SegmentId, there: bool, now: Time) {
+        let segment = self.segment(id);
+        if segment.gone != there {
+            return;
+        }
+        segment.gone = !there;
+        self.deafen(Some(id));
+        self.look_anew(id, now);
+        if !there {
+            let reason = format!("{}: its bridge is gone", Gate::Settled);
+            self.notify(now, NoticeKind::Held, None, None, None, reason);
+        }
+    }
+
+    /// Whoever lost its port may have started at another one unheard; of one segment, or of all.
+    fn deafen(&mut self, segment: Option<SegmentId>) {
+        let of_segment =
+            |binding: &&mut Binding| segment.is_none_or(|id| binding.key.segment == id);
+        for binding in self.bindings.values_mut().filter(of_segment) {
+            if let Check::Watching(watching) = &mut binding.check {
+                watching.deaf |= watching.lost.is_some();
+            }
+        }
     }
 
     fn segment_held(&mut self, id: SegmentId, reason: Option<String>, now: Time) {
@@ -375,10 +406,8 @@ impl Engine {
             if let Some(end) = &mut binding.expires {
                 *end = Time::from_nanos(end.as_nanos().saturating_sub(sooner));
             }
-            if let Check::Watching(watching) = &mut binding.check {
-                watching.deaf |= watching.lost.is_some();
-            }
         }
+        self.deafen(None);
         let segments: Vec<SegmentId> = self.segments.keys().copied().collect();
         for segment in segments {
             self.look_anew(segment, now);
@@ -539,11 +568,12 @@ impl Engine {
     /// Asks for it everywhere: its port is gone.
     fn search(&mut self, key: Key, lost: (Time, PortLoss), now: Time) {
         self.begin_watch(key, Some(lost), true, now);
+        let gone = self.is_gone(key.segment);
         if let Some(binding) = self.bindings.get_mut(&key)
-            && binding.last_seen.is_none_or(|at| at < self.listens_since)
+            && (gone || binding.last_seen.is_none_or(|at| at < self.listens_since))
             && let Check::Watching(watching) = &mut binding.check
         {
-            // It may have been started at another port while nobody listened.
+            // It may have been started at another port while nobody listened there.
             watching.deaf = true;
         }
         self.send_probes(key, now);
@@ -1948,7 +1978,10 @@ impl Engine {
             .get(&key)
             .is_some_and(|binding| binding.port == port)
         {
-            // The port had lost its carrier and no more than that.
+            // The port had lost its carrier and no more than that, or is there again.
+            if let Some(info) = self.ports.get_mut(&port) {
+                info.bindings.insert(key);
+            }
             self.alive(key, at, "a frame of it came by its own port", now);
             return;
         }
@@ -2122,12 +2155,12 @@ impl Engine {
         let Check::Watching(watching) = &mut binding.check else {
             return;
         };
-        watching.probed_at = Some(now);
         if !sent {
             self.add("probes_failed", 1);
             self.schedule(key, now + round);
             return;
         }
+        watching.probed_at = Some(now);
         watching.probes += 1;
         // The first answer is looked for soon, so that a live VM is watched for a moment only.
         let enough = watching.probes >= self.policy.misses;
@@ -2140,7 +2173,6 @@ impl Engine {
         let last = self.last_question(key).filter(|last| *last > now);
         let end = self
             .hold_ends(key, Duration::ZERO)
-            .filter(|end| *end > now)
             .map(|end| end.max(now + wait.unwrap_or_default()));
         let next = last
             .or(end)
@@ -2286,6 +2318,7 @@ impl Engine {
             binding,
             twin,
             uplink: self.has_uplink(key.segment),
+            bridge_gone: self.is_gone(key.segment),
             settled_at,
             paused: self.operator.paused.as_deref(),
             by: self.ordered_by(key),
@@ -2296,6 +2329,10 @@ impl Engine {
             vlans: segment.and_then(|segment| segment.vlans.as_ref()),
             live: self.live,
         }
+    }
+
+    fn is_gone(&self, segment: SegmentId) -> bool {
+        self.segments.get(&segment).is_some_and(|it| it.gone)
     }
 
     fn has_uplink(&self, segment: SegmentId) -> bool {

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    binding::{Binding, Check, Doubt, Origin},
+    binding::{Binding, Check, Doubt, Origin, Watching},
     limits::{Breaker, BreakerRule},
     pacing::Pacing,
     policy::Policy,
@@ -135,6 +135,8 @@ pub struct Case<'a> {
     pub twin: Option<Key>,
     /// Whether the segment has an uplink.
     pub uplink: bool,
+    /// Its bridge is not there.
+    pub bridge_gone: bool,
     /// Nothing is released before this.
     pub settled_at: Time,
     /// Why nothing of the node may be released, if a person says so.
@@ -312,6 +314,16 @@ impl Case<'_> {
         {
             return hold("the latest probe may still be answered");
         }
+        let end = Self::hold_began(watching) + self.hold();
+        let is_early = |at: Time| at + self.probe_wait() < end;
+        if now >= end
+            && watching.everywhere
+            && self.uplink
+            && watching.probed_at.is_none_or(is_early)
+        {
+            // It may have started elsewhere meanwhile.
+            return hold("no probe could leave shortly before the hold-down ended");
+        }
         pass(format!(
             "{} probes unanswered, not a frame for {}",
             watching.probes,
@@ -357,6 +369,11 @@ impl Case<'_> {
         }
     }
 
+    fn hold_began(watching: Watching) -> Time {
+        let lost = watching.lost.map_or(watching.armed_at, |(at, _)| at);
+        lost.max(watching.armed_at)
+    }
+
     /// How long silence must last on the binding's road.
     pub fn hold(&self) -> Duration {
         // Who lives behind the port of an imported lease only frames have said, which a neighbour can
@@ -384,10 +401,7 @@ impl Case<'_> {
         if watching.lost.is_none() && !self.policy.release_while_port_up {
             return hold("its port is up, and port-up is \"never\"");
         }
-        let since = watching
-            .lost
-            .map_or(watching.armed_at, |(at, _)| at)
-            .max(watching.armed_at);
+        let since = Self::hold_began(watching);
         let (passed, need) = (now.since(since), self.hold());
         if passed < need {
             let reason = format!("{} of {} have passed", secs(passed), secs(need));
@@ -401,6 +415,9 @@ impl Case<'_> {
     }
 
     fn settled(&self, now: Time) -> Answer {
+        if self.bridge_gone {
+            return hold("its bridge is gone: nobody can be asked until it is back");
+        }
         if now < self.settled_at {
             let reason = format!(
                 "the agent or its links changed: {} to go",

@@ -538,6 +538,37 @@ fn nothing_of_a_held_segment_is_released_until_all_was_looked_at_anew() {
 }
 
 #[test]
+fn who_lost_its_port_while_the_bridge_was_gone_has_the_long_time() {
+    let bridge = |there: bool| Event::Bridge {
+        segment: SEGMENT,
+        there,
+    };
+    let lost = Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    };
+    for before in [true, false] {
+        let mut bench = settled();
+        if before {
+            bench.tell(lost.clone());
+            bench.pass(secs(1));
+        }
+        bench.tell(bridge(false));
+        if !before {
+            bench.tell(lost.clone());
+        }
+        bench.pass(secs(600));
+        assert_eq!(bench.releases(), 0);
+        assert_eq!(bench.verdict(Gate::Settled), Verdict::Hold);
+        bench.tell(bridge(true));
+        bench.pass(secs(250));
+        assert_eq!(bench.releases(), 0, "it may have started there unheard");
+        bench.pass(secs(120));
+        assert_eq!(bench.releases(), 1);
+    }
+}
+
+#[test]
 fn on_a_bridge_that_filters_vlans_its_own_membership_is_needed() {
     let own = |vlans: &[(Vlan, Vlan, bool)]| Event::SegmentVlans {
         segment: SEGMENT,

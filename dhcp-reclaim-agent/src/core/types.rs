@@ -335,6 +335,11 @@ pub enum Event {
         port: IfIndex,
         loss: PortLoss,
     },
+    /// The segment's bridge is there, or it is not.
+    Bridge {
+        segment: SegmentId,
+        there: bool,
+    },
     /// Nothing of this segment may be released, and why; `None`: no longer.
     SegmentHeld {
         segment: SegmentId,

@@ -15,6 +15,7 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -71,6 +72,8 @@ pub enum StoreError {
 pub struct Moment {
     pub boot: String,
     pub monotonic: Time,
+    /// For how long the host has been suspended since it booted: the monotonic clock stood still.
+    pub suspended: Duration,
     pub wall: Timestamp,
 }
 
@@ -388,6 +391,7 @@ mod tests {
         Moment {
             boot: "this".to_owned(),
             monotonic: Time::from_nanos(1_000),
+            suspended: Duration::ZERO,
             wall: Timestamp::UNIX_EPOCH,
         }
     }

@@ -18,6 +18,8 @@ use crate::core::{
 struct Written {
     boot: String,
     monotonic: u64,
+    #[serde(default)]
+    suspended: u64,
     wall: Timestamp,
 }
 
@@ -108,20 +110,27 @@ impl Written {
         Self {
             boot: now.boot.clone(),
             monotonic: now.monotonic.as_nanos(),
+            suspended: nanos(now.suspended),
             wall: now.wall,
         }
     }
 
-    /// A time that lay ahead. After a reboot it can only come nearer: a wall clock that was set back
-    /// makes no lease longer than it was when it was written.
+    /// A time that lay ahead, at a server whose clock goes on while this host is suspended. After a
+    /// reboot it can only come nearer: a wall clock that was set back makes no lease longer than it was
+    /// when it was written.
     fn ahead(&self, at: u64, now: &Moment) -> Time {
         if self.boot == now.boot {
-            return Time::from_nanos(at);
+            let meanwhile = nanos(now.suspended).saturating_sub(self.suspended);
+            return Time::from_nanos(at.saturating_sub(meanwhile));
         }
         let left = Duration::from_nanos(at.saturating_sub(self.monotonic));
         let passed = now.wall.duration_since(self.wall).max(SignedDuration::ZERO);
         now.monotonic + left.saturating_sub(passed.unsigned_abs())
     }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl BindingRow {
@@ -315,6 +324,7 @@ mod tests {
         Moment {
             boot: boot.to_owned(),
             monotonic: Time::from_nanos(monotonic * 1_000_000_000),
+            suspended: Duration::from_secs(7),
             wall: Timestamp::from_second(1_800_000_000 + wall).unwrap(),
         }
     }
@@ -367,6 +377,15 @@ mod tests {
         for wall in [-86_400, 0, 1, 86_400] {
             assert_eq!(after(&moment("a", 1001, wall)), saved());
         }
+    }
+
+    #[test]
+    fn a_suspended_host_has_less_left_of_a_lease() {
+        let now = Moment {
+            suspended: Duration::from_secs(67),
+            ..moment("a", 1001, 60)
+        };
+        assert_eq!(seconds(after(&now).expires), 4600 - 60);
     }
 
     #[test]

@@ -18,6 +18,9 @@ pub enum Kind {
     GuestRelease,
     CutUplink,
     DetachUplink,
+    /// The node's bridge is deleted and made again, or set down and up.
+    FlapBridge,
+    /// The node sleeps; its monotonic clock goes on, or stands still.
     Suspend,
     Forge,
     LoseRecords,
@@ -103,6 +106,7 @@ impl Setup {
                 (Kind::GuestRelease, 4),
                 (Kind::CutUplink, 2),
                 (Kind::DetachUplink, 1),
+                (Kind::FlapBridge, 1),
                 (Kind::Suspend, 1),
                 (Kind::Forge, 4),
                 (Kind::LoseRecords, 3),

@@ -53,6 +53,14 @@ impl World {
     }
 
     pub(super) fn port_gone(&mut self, node: usize, port: IfIndex, loss: PortLoss) {
+        if let Some(truth) = self.nodes[node].unplugged.get_mut(&port) {
+            // It is none of a bridge's at the moment: its agent is not told.
+            truth.carrier = false;
+            if loss != PortLoss::CarrierLost {
+                self.nodes[node].unplugged.remove(&port);
+            }
+            return;
+        }
         if !self.nodes[node].ports.contains_key(&port) {
             return;
         }
@@ -85,6 +93,10 @@ impl World {
     }
 
     pub(super) fn carrier_back(&mut self, node: usize, port: IfIndex) {
+        if let Some(truth) = self.nodes[node].unplugged.get_mut(&port) {
+            truth.carrier = true;
+            return;
+        }
         let Some(truth) = self.nodes[node].ports.get_mut(&port) else {
             return;
         };
@@ -250,13 +262,20 @@ impl World {
                 }
                 self.at(duration, Ev::UplinkBack(node, detach));
             }
+            Kind::FlapBridge => self.flap_bridge(node, &mut rng),
             Kind::Suspend if self.calm_node(node) => {
                 let duration = rng.millis(1000, 60_000);
+                let stands_still = rng.percent(50);
                 self.nodes[node].asleep_until = self.now + duration;
                 self.nodes[node].excused_until = self.now + duration + secs(1000);
-                self.say(None, None, || format!("node{node} sleeps for {duration:?}"));
-                if duration > OVERSLEPT {
-                    self.at(duration, Ev::Awake(node));
+                self.say(None, None, || {
+                    let clock = if stands_still { ", and its clock" } else { "" };
+                    format!("node{node} sleeps for {duration:?}{clock}")
+                });
+                if stands_still {
+                    self.at(duration, Ev::Awake(node, duration));
+                } else if duration > OVERSLEPT {
+                    self.at(duration, Ev::Awake(node, Duration::ZERO));
                 }
             }
             Kind::Forge if running => self.forge(vm, &mut rng),
@@ -297,6 +316,90 @@ impl World {
             | Kind::Hold
             | Kind::Ask => {}
         }
+    }
+
+    /// Its bridge is deleted and made again by scripts, or only set down and up.
+    fn flap_bridge(&mut self, node: usize, rng: &mut Rng) {
+        // As for uplinks: nobody who has just moved depends on it, and the other way was open.
+        let apart = self
+            .nodes
+            .iter()
+            .all(|node| self.now >= node.cut_until + secs(600));
+        let elsewhere = self.nodes.len() > 1;
+        if !apart || self.asleep(node) || (elsewhere && !self.calm_node(node)) {
+            return;
+        }
+        let duration = rng.millis(100, 30_000);
+        let deleted = rng.percent(60);
+        self.say(None, None, || {
+            let how = if deleted { "deleted" } else { "set down" };
+            format!("node{node}: its bridge is {how} for {duration:?}")
+        });
+        self.drain(node);
+        let now = self.now;
+        let state = &mut self.nodes[node];
+        state.cut_since = now;
+        state.cut_until = now + duration;
+        state.flat_until = now + duration;
+        state.excused_until = now + duration + secs(1000);
+        if !deleted {
+            return;
+        }
+        state.links_changed = now;
+        let ports: Vec<IfIndex> = state.ports.keys().copied().collect();
+        for port in ports {
+            self.check_lost(node, port);
+            let state = &mut self.nodes[node];
+            if let Some(truth) = state.ports.remove(&port) {
+                state.unplugged.insert(port, truth);
+            }
+            if !state.down {
+                state.dirty_ports.insert(port);
+            }
+            let loss = PortLoss::Detached;
+            self.tell(node, Event::PortDown { port, loss });
+        }
+        let (segment, there) = (SEGMENT, false);
+        self.tell(node, Event::Bridge { segment, there });
+        self.at(duration, Ev::BridgeBack(node));
+    }
+
+    pub(super) fn bridge_back(&mut self, node: usize) {
+        if self.asleep(node) {
+            let at = self.nodes[node].asleep_until;
+            self.at_time(at, Ev::BridgeBack(node));
+            return;
+        }
+        self.say(None, None, || format!("node{node}: its bridge is back"));
+        self.nodes[node].links_changed = self.now;
+        let (segment, there) = (SEGMENT, true);
+        self.tell(node, Event::Bridge { segment, there });
+        for (port, truth) in std::mem::take(&mut self.nodes[node].unplugged) {
+            // Its slot is another one, which counts from zero.
+            let truth = PortTruth {
+                watched: false,
+                heard: None,
+                lost: 0,
+                ..truth
+            };
+            self.nodes[node].lost_told.remove(&port);
+            self.nodes[node].ports.insert(port, truth);
+            let delay = self.rng.millis(5, 60);
+            self.at(delay, Ev::Watch(node, port));
+        }
+    }
+
+    /// The node goes on; leases went on meanwhile.
+    pub(super) fn awake(&mut self, node: usize, suspended: Duration) {
+        let slept_at = self.clock(node).since(Time::ZERO).saturating_sub(suspended);
+        let state = &mut self.nodes[node];
+        if !suspended.is_zero() {
+            state.suspended.push((Time::ZERO + slept_at, suspended));
+        }
+        if !state.down {
+            state.suspended_told = state.stood_still();
+        }
+        self.tell(node, Event::Overslept { suspended });
     }
 
     pub(super) fn migrate(&mut self, vm: VmId, rng: &mut Rng) {

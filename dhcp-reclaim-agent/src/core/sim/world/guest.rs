@@ -37,7 +37,7 @@ impl World {
             // What answers no probe is looked for in vain elsewhere: it starts where it was.
             node = self.vms[vm].node;
         }
-        if self.asleep(node) {
+        if self.asleep(node) || !self.nodes[node].unplugged.is_empty() {
             return;
         }
         // Some share a port: nested VMs, containers.

@@ -10,7 +10,7 @@ impl World {
         };
         let ip = wire::about(message).filter(|_| message.kind != MessageType::Offer);
         let fact = Fact {
-            at: message.seen_at,
+            at: self.world_time(node, message.seen_at),
             ack: message.kind == MessageType::Ack,
             chaddr: message.chaddr,
             ip,
@@ -42,7 +42,7 @@ impl World {
                 // What is said there is not believed while its first port is up, and so its lease
                 // may end earlier here than at the server.
                 let secs = message.lease_secs.unwrap_or_default().into();
-                let until = message.seen_at + Duration::from_secs(secs);
+                let until = fact.at + Duration::from_secs(secs);
                 state.excused.insert(ip, until);
             }
             if fact.ack {

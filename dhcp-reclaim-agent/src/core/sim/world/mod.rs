@@ -285,7 +285,15 @@ struct Node {
     /// The uplink is cut, or no port of the bridge, until then.
     cut_until: Time,
     cut_since: Time,
+    /// Its bridge is gone, or down, until then.
+    flat_until: Time,
+    /// Ports that wait for the bridge to be made again.
+    unplugged: BTreeMap<IfIndex, PortTruth>,
     asleep_until: Time,
+    /// When, by its own clock, it was suspended, and for how long that stood still.
+    suspended: Vec<(Time, Duration)>,
+    /// As much of it as its agent has been told.
+    suspended_told: Duration,
     /// A person holds its releases; kept in the store.
     paused: bool,
     resumed_at: Time,
@@ -306,6 +314,8 @@ struct Node {
     orders: BTreeMap<Key, (Time, ReleaseOutcome)>,
     // The store.
     stored: BTreeMap<Key, Saved>,
+    /// What had been told of suspensions when each was written.
+    stored_suspended: BTreeMap<Key, Duration>,
     stored_transactions: BTreeMap<TransactionId, SavedTransaction>,
     stored_alarms: BTreeMap<AlarmId, SavedAlarm>,
     stored_ports: BTreeMap<IfIndex, (Port, u32)>,
@@ -369,7 +379,9 @@ struct Question {
 enum Ev {
     Decide(u32),
     Start(usize),
-    Awake(usize),
+    /// For how long its clock stood still.
+    Awake(usize, Duration),
+    BridgeBack(usize),
     Watch(usize, IfIndex),
     QueryAnswered(usize, Key, Ipv4Addr),
     Wake(usize),
@@ -620,13 +632,8 @@ impl World {
                 }
             }
             Ev::Start(node) => self.start(node),
-            // The world's clock goes on.
-            Ev::Awake(node) => self.tell(
-                node,
-                Event::Overslept {
-                    suspended: Duration::ZERO,
-                },
-            ),
+            Ev::Awake(node, suspended) => self.awake(node, suspended),
+            Ev::BridgeBack(node) => self.bridge_back(node),
             Ev::QueryAnswered(node, key, server) => self.query_answered(node, key, server),
             Ev::Sounded {
                 node,
@@ -642,7 +649,7 @@ impl World {
             Ev::Tick(node) => {
                 self.at(secs(1), Ev::Tick(node));
                 if self.runs(node) {
-                    self.nodes[node].epoch = self.now;
+                    self.nodes[node].epoch = self.clock(node);
                     let ports: Vec<_> = self.nodes[node].ports.keys().copied().collect();
                     for port in ports {
                         self.check_lost(node, port);
@@ -716,13 +723,46 @@ impl World {
         self.now < self.nodes[node].asleep_until
     }
 
-    /// Frames cross the node's uplink.
+    /// The node's own clock, which stands still while it is suspended.
+    fn clock(&self, node: usize) -> Time {
+        let stood: Duration = self.nodes[node].stood_still();
+        let stood = u64::try_from(stood.as_nanos()).unwrap_or(u64::MAX);
+        Time::from_nanos(self.now.as_nanos().saturating_sub(stood))
+    }
+
+    /// The world's time of what was `at` by the node's clock.
+    fn world_time(&self, node: usize, at: Time) -> Time {
+        let stood = self.nodes[node].suspended.iter();
+        let before = stood.filter(|(slept_at, _)| *slept_at < at);
+        at + before.map(|(_, length)| *length).sum::<Duration>()
+    }
+
+    /// Frames cross the node's uplink, and its bridge.
     fn open(&self, node: usize) -> bool {
         self.now >= self.nodes[node].cut_until
     }
 }
 
 impl Node {
+    fn stood_still(&self) -> Duration {
+        self.suspended.iter().map(|(_, length)| *length).sum()
+    }
+
+    /// What is stored, as `store::row` reads it: leases went on while the host was suspended.
+    fn remembered(&self) -> Vec<Saved> {
+        let stored = self.stored.iter().map(|(key, saved)| {
+            let told = self.stored_suspended.get(key).copied().unwrap_or_default();
+            let meanwhile = self.stood_still().saturating_sub(told);
+            let sooner = |at: Time| Time::ZERO + at.since(Time::ZERO).saturating_sub(meanwhile);
+            Saved {
+                expires: saved.expires.map(sooner),
+                tentative_until: saved.tentative_until.map(sooner),
+                ..saved.clone()
+            }
+        });
+        stored.collect()
+    }
+
     fn binding(&self, ip: Ipv4Addr) -> Option<&Binding> {
         let key = key_of(ip);
         self.engine.bindings().find(|binding| binding.key == key)
@@ -735,7 +775,11 @@ impl Node {
             uplink: 0,
             cut_until: Time::ZERO,
             cut_since: Time::ZERO,
+            flat_until: Time::ZERO,
+            unplugged: BTreeMap::new(),
             asleep_until: Time::ZERO,
+            suspended: Vec::new(),
+            suspended_told: Duration::ZERO,
             paused: false,
             resumed_at: Time::ZERO,
             started_at: now,
@@ -753,6 +797,7 @@ impl Node {
             dirty_ports: BTreeSet::new(),
             orders: BTreeMap::new(),
             stored: BTreeMap::new(),
+            stored_suspended: BTreeMap::new(),
             stored_transactions: BTreeMap::new(),
             stored_alarms: BTreeMap::new(),
             stored_ports: BTreeMap::new(),

@@ -13,6 +13,7 @@ impl World {
         let Some(at) = self.nodes[node].engine.poll_timeout() else {
             return;
         };
+        let at = at + self.nodes[node].stood_still();
         let at = at.max(self.nodes[node].asleep_until).max(self.now);
         if self.nodes[node].wake.is_none_or(|planned| at < planned) {
             self.nodes[node].wake = Some(at);
@@ -29,7 +30,7 @@ impl World {
         }
         self.drain(node);
         if self.runs(node) {
-            let now = self.now;
+            let now = self.clock(node);
             self.nodes[node].engine.handle_timeout(now);
             self.carry_out(node);
         }
@@ -44,7 +45,7 @@ impl World {
         if self.nodes[node].down {
             return;
         }
-        let now = self.now;
+        let now = self.clock(node);
         self.nodes[node].engine.handle(event, now);
         self.carry_out(node);
     }
@@ -202,6 +203,7 @@ impl World {
             return;
         }
         for key in std::mem::take(&mut state.dirty) {
+            state.stored_suspended.insert(key, state.suspended_told);
             match state.engine.saved(key) {
                 Some(saved) => state.stored.insert(key, saved),
                 None => state.stored.remove(&key),
@@ -245,19 +247,24 @@ impl World {
         }
         self.say(None, None, || format!("node{node}: its agent starts anew"));
         self.stats.restarts += 1;
-        let now = self.now;
+        let now = self.clock(node);
+        let started_at = self.now;
         let state = &mut self.nodes[node];
         state.down = false;
+        state.suspended_told = state.stood_still();
         state.engine = Engine::new(self.setup.policy.clone(), now);
         state.armed.clear();
         state.watch.clear();
-        state.started_at = now;
+        state.started_at = started_at;
         state.epoch = now;
         state.wake = None;
         state.lost_told = state
             .stored_ports
             .iter()
-            .map(|(ifindex, (_, lost))| (*ifindex, *lost))
+            .map(|(ifindex, (_, lost))| {
+                let total = state.ports.get(ifindex).map_or(0, |truth| truth.lost);
+                (*ifindex, total.min(*lost))
+            })
             .collect();
         let present: Vec<IfIndex> = state.ports.keys().copied().collect();
         let gone: Vec<Port> = state
@@ -283,6 +290,10 @@ impl World {
         for port in &gone {
             self.tell(node, Event::PortUp(port.clone()));
         }
+        if !self.nodes[node].unplugged.is_empty() {
+            let (segment, there) = (SEGMENT, false);
+            self.tell(node, Event::Bridge { segment, there });
+        }
         let state = &mut self.nodes[node];
         for (key, (silent_since, outcome)) in std::mem::take(&mut state.orders) {
             if let Some(saved) = state.stored.get_mut(&key) {
@@ -290,7 +301,7 @@ impl World {
             }
         }
         let transactions = state.stored_transactions.values().cloned().collect();
-        let bindings = state.stored.values().cloned().collect();
+        let bindings = state.remembered();
         let alarms = state.stored_alarms.values().cloned().collect();
         if state.paused {
             state.engine.restore_pause("by the seed".to_owned());
@@ -314,7 +325,7 @@ impl World {
 
     /// A person asks what is with an address, or for its release: nothing that any gate holds.
     pub(super) fn question(&mut self, node: usize, ip: Ipv4Addr, release: bool) {
-        let (now, key) = (self.now, key_of(ip));
+        let (now, key) = (self.clock(node), key_of(ip));
         self.say(Some(ip), None, || {
             let what = if release { "the release of " } else { "" };
             format!("node{node}: somebody asks for {what}{ip}")
@@ -336,7 +347,7 @@ impl World {
         self.say(None, None, || {
             format!("node{node} is paused for {duration:?}")
         });
-        let now = self.now;
+        let now = self.clock(node);
         let state = &mut self.nodes[node];
         state.paused = true;
         state.engine.pause("by the seed".to_owned(), now);
@@ -350,10 +361,10 @@ impl World {
             return;
         }
         self.say(None, None, || format!("node{node} is resumed"));
-        let now = self.now;
+        let (now, resumed_at) = (self.clock(node), self.now);
         let state = &mut self.nodes[node];
         state.paused = false;
-        state.resumed_at = now;
+        state.resumed_at = resumed_at;
         state.engine.resume("the seed", now);
         self.carry_out(node);
     }
@@ -385,7 +396,7 @@ impl World {
                 if self.killed(node) {
                     return;
                 }
-                let now = self.now;
+                let now = self.clock(node);
                 self.nodes[node]
                     .engine
                     .handle(Event::Released { key, outcome }, now);
@@ -434,12 +445,13 @@ impl World {
                     everywhere,
                 } => {
                     self.mix(1);
+                    let now = self.clock(node);
                     let state = &mut self.nodes[node];
                     state.armed.insert(key, (mac, own_port, everywhere));
                     state.watch.entry(Source::Ip(ip_of(key))).or_default();
                     state.watch.entry(Source::Mac(mac)).or_default();
                     if everywhere {
-                        state.epoch = self.now;
+                        state.epoch = now;
                     }
                     continue;
                 }
@@ -537,7 +549,7 @@ impl World {
                     continue;
                 }
             };
-            let now = self.now;
+            let now = self.clock(node);
             self.nodes[node].engine.handle(answer, now);
         }
         (intents, soundings)
@@ -580,7 +592,7 @@ impl World {
                 .ports
                 .get(&port)
                 .is_some_and(|truth| truth.carrier),
-            ProbeVia::Segment(_) => true,
+            ProbeVia::Segment(_) => self.now >= self.nodes[node].flat_until,
         };
         if !sent || self.rng.percent(self.setup.probe_fail) {
             return false;
@@ -607,8 +619,10 @@ impl World {
     }
 
     pub(super) fn emit(&mut self, node: usize, release: &Release) -> ReleaseOutcome {
+        let silent_since = release.silent_since;
         let release = &Release {
             ip: off_wire(release.vlan, release.ip),
+            silent_since: self.world_time(node, silent_since),
             ..release.clone()
         };
         if self.setup.wakes_at_emit > 0 && self.rng.percent(self.setup.wakes_at_emit) {
@@ -631,11 +645,11 @@ impl World {
             .iter()
             .map(|source| state.watch.get(source).map(Watch::latest))
             .collect::<Option<Vec<_>>>();
-        let vetoed = latest.is_none_or(|times| times.iter().any(|at| *at > release.silent_since));
+        let vetoed = latest.is_none_or(|times| times.iter().any(|at| *at > silent_since));
         if vetoed && !self.setup.policy.without.contains(&Gate::Kernel) {
             self.stats.vetoes += 1;
             let known = state.reported.get(&key_of(release.ip)).copied();
-            if known.is_some_and(|at| at > release.silent_since) {
+            if known.is_some_and(|at| at > silent_since) {
                 self.violate(
                     Some(release.ip),
                     "against-evidence",

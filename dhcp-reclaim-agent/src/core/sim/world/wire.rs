@@ -5,6 +5,7 @@ use super::*;
 impl World {
     pub(super) fn record(&mut self, node: usize, message: Message) {
         let message = Message {
+            seen_at: self.clock(node),
             source_ip: on_wire(message.source_ip),
             ciaddr: message.ciaddr.map(on_wire),
             yiaddr: message.yiaddr.map(on_wire),
@@ -39,7 +40,7 @@ impl World {
 
     /// A frame came in by a port of the node.
     pub(super) fn sight(&mut self, node: usize, port: IfIndex, mac: MacAddr, ip: Option<Ipv4Addr>) {
-        let now = self.now;
+        let (now, stamp) = (self.now, self.clock(node));
         let state = &mut self.nodes[node];
         let Some(truth) = state.ports.get_mut(&port).filter(|port| port.watched) else {
             return;
@@ -55,7 +56,7 @@ impl World {
         {
             state.last_frame.insert(source, (now, port));
             if exact && let Some(watch) = state.watch.get_mut(&source) {
-                watch.note(port, mac, now);
+                watch.note(port, mac, stamp);
             }
         }
     }
