@@ -2,6 +2,7 @@
 use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd as _,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread::{self, sleep},
     time::Duration,
@@ -11,7 +12,7 @@ use anyhow::{Result, bail};
 use dhcp_reclaim_agent::kernel::Hook;
 use dhcp_reclaim_tests::{clock::now, fixture::BRIDGE, netns::NetNs, node::Node, report::Row};
 
-use crate::{cost, lab, stats::median};
+use crate::{cost, lab, stats::median, sys};
 
 const SECTION: &str = "cost: through two VM ports";
 const WINDOW: Duration = Duration::from_millis(200);
@@ -61,10 +62,12 @@ fn measure(
         sleep(WINDOW);
         (received.load(Ordering::Relaxed) - before) as f64 / (now() - begin).as_secs_f64()
     };
-    let (ratios, null, rate) = thread::scope(|scope| {
+    let empty = sys::empty_program(sys::Kind::Classifier)?;
+    let (ratios, of_empty, null, rate) = thread::scope(|scope| {
         let traffic = scope.spawn(|| traffic(&stop, &received));
         sleep(WINDOW);
-        let (mut ratios, mut null, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ratios, mut of_empty) = (Vec::new(), Vec::new());
+        let (mut null, mut rates) = (Vec::new(), Vec::new());
         let mut run = || -> Result<()> {
             for _ in 0..rounds {
                 let before = window();
@@ -75,9 +78,19 @@ fn measure(
                 for port in &ports {
                     kernel.unwatch(port.ifindex);
                 }
+                let between = window();
+                let mut links = Vec::new();
+                for port in &ports {
+                    for place in [sys::Place::TcxIngress, sys::Place::TcxEgress] {
+                        links.push(sys::attach(empty.as_fd(), port.ifindex, place, 0)?);
+                    }
+                }
+                let hooked = window();
+                drop(links);
                 let after = window();
-                ratios.push(there / f64::midpoint(before, after));
-                null.push(after / before);
+                ratios.push(there / f64::midpoint(before, between));
+                of_empty.push(hooked / f64::midpoint(between, after));
+                null.push(after / between);
                 rates.push(before);
             }
             Ok(())
@@ -89,7 +102,8 @@ fn measure(
             Err(_) => bail!("the traffic panicked"),
         }
         ran?;
-        Ok((median(&ratios), median(&null), median(&rates).value))
+        let rate = median(&rates).value;
+        Ok((median(&ratios), median(&of_empty), median(&null), rate))
     })?;
     Ok(Row::new(
         SECTION,
@@ -98,11 +112,11 @@ fn measure(
         "",
     )
     .interval(ratios.interval)
-    .beside("null test", null.value)
+    .beside("with empty programs by without", of_empty.value)
     .goal("at least 0.99", ratios.value >= 0.99)
     .note(format!(
-        "null test [{:.3}, {:.3}]; {:.3e} a second without",
-        null.interval[0], null.interval[1], rate
+        "empty programs [{:.3}, {:.3}]; null test [{:.3}, {:.3}]; {:.3e} a second without",
+        of_empty.interval[0], of_empty.interval[1], null.interval[0], null.interval[1], rate
     )))
 }
 
