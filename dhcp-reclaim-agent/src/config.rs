@@ -50,6 +50,8 @@ pub struct Settings {
 
     /// Without a frame for this long, an address is probed.
     pub silence: Duration,
+    /// Quiet addresses that are looked at in a second, at most.
+    pub probe_rate: u32,
     /// Between probe rounds on a port that is up.
     pub probe_interval: Duration,
     /// Rounds without an answer until an address is silent.
@@ -98,6 +100,7 @@ impl Default for Settings {
             dry_run: false,
             sandbox: Sandbox::Enforce,
             silence: Duration::from_secs(30),
+            probe_rate: 100,
             probe_interval: Duration::from_secs(10),
             misses: 3,
             hold_down: Duration::from_secs(2),
@@ -243,6 +246,12 @@ pub struct Options {
     /// once. Shorter finds the dead sooner and asks the quiet more often; the busy are never asked.
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub silence: Option<Span>,
+    /// Quiet addresses that are looked at in a second, at most [default: 100]
+    ///
+    /// What this costs the node is bounded so: with more addresses than this times `silence`, each is
+    /// looked at less often. A VM whose port goes is looked for at once, however many there are.
+    #[arg(long, value_name = "COUNT", help_heading = "When a VM is dead")]
+    pub probe_rate: Option<u32>,
     /// Between probe rounds on a port that is up [default: 10s]
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub probe_interval: Option<Span>,
@@ -325,7 +334,7 @@ pub struct Options {
 }
 
 /// All keys of a file, as in [`Options`].
-const KEYS: [&str; 31] = [
+const KEYS: [&str; 32] = [
     "bridge",
     "port",
     "uplink",
@@ -338,6 +347,7 @@ const KEYS: [&str; 31] = [
     "dry-run",
     "sandbox",
     "silence",
+    "probe-rate",
     "probe-interval",
     "misses",
     "hold-down",
@@ -443,6 +453,7 @@ impl Settings {
                 Commit::Request => core::Commit::Request,
             },
             silence: self.silence,
+            probe_rate: self.probe_rate,
             probe_interval: self.probe_interval,
             misses: self.misses,
             hold_down: self.hold_down,
@@ -511,6 +522,7 @@ impl Settings {
             dry_run: pick!(dry_run),
             sandbox: pick!(sandbox),
             silence: span!(silence),
+            probe_rate: pick!(probe_rate),
             probe_interval: span!(probe_interval),
             misses: pick!(misses),
             hold_down,
@@ -620,6 +632,7 @@ impl Settings {
 
         for (key, value) in [
             ("misses", self.misses),
+            ("probe-rate", self.probe_rate),
             ("rate", self.rate),
             ("burst", self.burst),
             ("record-rate", self.record_rate.into()),
@@ -671,6 +684,7 @@ impl<'a> File<'a> {
             "control" => flags.control.is_some(),
             "state" => flags.state.is_some(),
             "silence" => flags.silence.is_some(),
+            "probe-rate" => flags.probe_rate.is_some(),
             "probe-interval" => flags.probe_interval.is_some(),
             "misses" => flags.misses.is_some(),
             "hold-down" => flags.hold_down.is_some(),
@@ -880,6 +894,7 @@ mod tests {
             dry-run = true
             sandbox = "log"
             silence = "20s"
+            probe-rate = 70
             probe-interval = "500ms"
             misses = 4
             hold-down = "3s"
@@ -914,6 +929,7 @@ mod tests {
             dry_run: true,
             sandbox: Sandbox::Log,
             silence: Duration::from_secs(20),
+            probe_rate: 70,
             probe_interval: Duration::from_millis(500),
             misses: 4,
             hold_down: Duration::from_secs(3),

@@ -494,8 +494,13 @@ impl Agent {
     }
 
     /// SIGTERM, and waits for a clean end.
-    pub fn stop(mut self) -> Result<()> {
-        let status = self.process.stop(Duration::from_secs(10))?;
+    pub fn stop(self) -> Result<()> {
+        self.stop_within(Duration::from_secs(10))
+    }
+
+    /// One that lets go of many ports takes longer.
+    pub fn stop_within(mut self, limit: Duration) -> Result<()> {
+        let status = self.process.stop(limit)?;
         ensure!(status.success(), "{status}:\n{}", tail(&self.log(), 15));
         Ok(())
     }

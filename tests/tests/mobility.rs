@@ -158,7 +158,7 @@ lab_test! {
         scene.agent.wait_event("silent", ip, PATIENCE)?;
         // Three hold-downs.
         let seen = cut.wait("a RELEASE", Duration::from_secs(3), |frame| {
-            dhcp_reclaim_tests::scene::is_release(frame, ip)
+            is_release(frame, ip)
         });
         ensure!(seen.is_err(), "released into a cut cable");
         scene.agent.until("a hold for want of the uplink", PATIENCE, |agent| {

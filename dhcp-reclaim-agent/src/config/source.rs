@@ -23,6 +23,7 @@ impl Settings {
         let followed = Self {
             dry_run: wanted.dry_run,
             silence: wanted.silence,
+            probe_rate: wanted.probe_rate,
             probe_interval: wanted.probe_interval,
             misses: wanted.misses,
             hold_down: wanted.hold_down,

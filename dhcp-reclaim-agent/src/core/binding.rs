@@ -51,7 +51,7 @@ pub struct Binding {
     /// When the engine wants to look at it again.
     pub due: Option<Time>,
     /// The latest answer to a look, while it is being watched.
-    pub evidence: Option<(Time, Evidence)>,
+    pub evidence: Option<Box<(Time, Evidence)>>,
     /// The gate that held its release last.
     pub held_by: Option<Gate>,
     /// The kernel dropped its RELEASE, and the reason has not been looked at yet.

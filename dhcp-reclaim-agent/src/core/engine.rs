@@ -12,9 +12,10 @@ use std::{
 };
 
 use super::{
-    binding::{Ask, Binding, Check, Doubt, Speaker, Watching, lease_end},
+    binding::{Ask, Binding, Check, Doubt, Origin, Speaker, Watching, lease_end},
     counters,
     gates::{Case, Finding, Gate, Verdict, breaker_rule, secs},
+    index::Index,
     limits::Breaker,
     pacing::{Pacing, ServerKey},
     policy::{Commit, Policy},
@@ -115,8 +116,7 @@ pub struct Engine {
     detached: BTreeMap<IfIndex, BTreeSet<Key>>,
     segments: BTreeMap<SegmentId, Segment>,
     bindings: BTreeMap<Key, Binding>,
-    by_mac: BTreeMap<(SegmentId, MacAddr), BTreeSet<Key>>,
-    by_client_id: BTreeMap<(SegmentId, Vlan, Vec<u8>), BTreeSet<Key>>,
+    index: Index,
     /// By xid, client and port.
     transactions: BTreeMap<(u32, MacAddr, IfIndex), Transaction>,
     transactions_due: BTreeSet<(Time, IfIndex, u32, MacAddr)>,
@@ -144,8 +144,7 @@ impl Engine {
             detached: BTreeMap::new(),
             segments: BTreeMap::new(),
             bindings: BTreeMap::new(),
-            by_mac: BTreeMap::new(),
-            by_client_id: BTreeMap::new(),
+            index: Index::default(),
             transactions: BTreeMap::new(),
             transactions_due: BTreeSet::new(),
             timers: BTreeSet::new(),
@@ -165,8 +164,8 @@ impl Engine {
     /// forgotten: who is watched is watched on, for as long as the new one wants it.
     pub fn set_policy(&mut self, policy: Policy, now: Time) {
         self.pacing.set_pace(policy.rate, policy.burst, now);
-        let silence = policy.silence;
         self.policy = policy;
+        let silence = self.silence();
         let at_rest = self
             .bindings
             .values()
@@ -1077,13 +1076,7 @@ impl Engine {
             vlan: message.vlan,
             ip,
         }));
-        keys.extend(
-            self.by_mac
-                .get(&(segment, message.chaddr))
-                .into_iter()
-                .flatten()
-                .copied(),
-        );
+        keys.extend(self.index.of_mac(segment, message.chaddr));
         for key in keys {
             let Some(binding) = self.bindings.get(&key) else {
                 continue;
@@ -1200,13 +1193,7 @@ impl Engine {
 
     /// A frame in the name of `mac` came in by `port`.
     fn frame_of(&mut self, segment: SegmentId, port: IfIndex, mac: MacAddr, at: Time, now: Time) {
-        let keys: Vec<Key> = self
-            .by_mac
-            .get(&(segment, mac))
-            .into_iter()
-            .flatten()
-            .copied()
-            .collect();
+        let keys: Vec<Key> = self.index.of_mac(segment, mac).collect();
         for key in keys {
             if self.owned_by(key, port, mac) {
                 self.alive(key, at, "it sent a DHCP message", now);
@@ -1215,13 +1202,7 @@ impl Engine {
     }
 
     fn doubt(&mut self, segment: SegmentId, port: IfIndex, mac: MacAddr) {
-        let keys: Vec<Key> = self
-            .by_mac
-            .get(&(segment, mac))
-            .into_iter()
-            .flatten()
-            .copied()
-            .collect();
+        let keys: Vec<Key> = self.index.of_mac(segment, mac).collect();
         for key in keys {
             if self.owned_by(key, port, mac)
                 && let Some(binding) = self.bindings.get_mut(&key)
@@ -1395,7 +1376,7 @@ impl Engine {
         else {
             return;
         };
-        binding.evidence = Some((now, evidence));
+        binding.evidence = Some(Box::new((now, evidence)));
         match binding.check {
             Check::Idle => {}
             Check::Glancing => self.glanced(key, evidence, now),
@@ -1945,7 +1926,10 @@ impl Engine {
         if doubted {
             binding.doubt = None;
         }
-        if first || doubted {
+        // Where an ACK was seen nothing hangs on it, and the next look says it again: no row for each VM
+        // just for that.
+        let matters = !(binding.acked && binding.origin == Origin::Wire);
+        if (first && matters) || doubted {
             self.save(key);
         }
         let Some(binding) = self.bindings.get_mut(&key) else {
@@ -2261,6 +2245,14 @@ impl Engine {
         }
     }
 
+    /// How long a quiet VM is left alone: as long as it takes to look at all others.
+    fn silence(&self) -> Duration {
+        let live = u32::try_from(self.live).unwrap_or(u32::MAX);
+        // They are looked at after three quarters of it, in the mean (see `early`).
+        let round = Duration::from_secs(1) * live * 4 / 3 / self.policy.probe_rate.max(1);
+        self.policy.silence.max(round)
+    }
+
     /// Nothing is in doubt: take the watch away, and look again after `silence`; or soon, at what was
     /// last seen while nobody listened.
     fn rest(&mut self, key: Key, now: Time) {
@@ -2274,6 +2266,7 @@ impl Engine {
             });
         }
         binding.check = Check::Idle;
+        binding.evidence = None;
         binding.failures = 0;
         self.leave_queue(key);
         let Some(binding) = self.bindings.get(&key) else {
@@ -2283,7 +2276,8 @@ impl Engine {
         let due = if seen < self.listens_since {
             now + self.policy.probe_wait
         } else {
-            let silence = self.policy.silence - early(key, seen, self.policy.silence / 2);
+            let silence = self.silence();
+            let silence = silence - early(key, seen, silence / 2);
             (seen + silence).max(now + Duration::from_millis(1))
         };
         let end = binding
@@ -2299,15 +2293,13 @@ impl Engine {
     fn case<'a>(&'a self, binding: &'a Binding) -> Case<'a> {
         let key = binding.key;
         let twin = binding.client_id.as_ref().and_then(|id| {
-            let same = self
-                .by_client_id
-                .get(&(key.segment, key.vlan, id.clone()))?;
-            same.iter().copied().find(|other| {
-                *other != key
-                    && self
-                        .bindings
-                        .get(other)
-                        .is_some_and(|other| other.is_live() && other.chaddr != binding.chaddr)
+            let mut same = self.index.of_client_id(key.segment, key.vlan, id);
+            same.find(|other| {
+                let other = self.bindings.get(other).filter(|it| it.key != key);
+                other.is_some_and(|other| {
+                    let shows = other.client_id.as_ref() == Some(id);
+                    shows && other.is_live() && other.chaddr != binding.chaddr
+                })
             })
         });
         let started = self.started_at + self.policy.settle;
@@ -2355,16 +2347,7 @@ impl Engine {
         let key = binding.key;
         let granted = binding.state != State::Requested;
         self.import_yields(key, granted, binding.since);
-        self.by_mac
-            .entry((key.segment, binding.chaddr))
-            .or_default()
-            .insert(key);
-        if let Some(id) = &binding.client_id {
-            self.by_client_id
-                .entry((key.segment, key.vlan, id.clone()))
-                .or_default()
-                .insert(key);
-        }
+        self.index.insert(&binding);
         if let Some(info) = self.ports.get_mut(&binding.port) {
             info.bindings.insert(key);
         }
@@ -2392,10 +2375,7 @@ impl Engine {
         if let Some(info) = self.ports.get_mut(&binding.port) {
             info.bindings.remove(&key);
         }
-        remove_from(&mut self.by_mac, (key.segment, binding.chaddr), key);
-        if let Some(id) = binding.client_id {
-            remove_from(&mut self.by_client_id, (key.segment, key.vlan, id), key);
-        }
+        self.index.remove(&binding);
         // Replaced or forgotten, it counts against nobody any more.
         if let Some(rule) = breaker_rule(&self.policy) {
             self.breaker.recovered(key, self.live, rule);
@@ -2475,16 +2455,6 @@ impl PortInfo {
             lost_told: None,
             lost: 0,
         }
-    }
-}
-
-fn remove_from<K: Ord>(index: &mut BTreeMap<K, BTreeSet<Key>>, id: K, key: Key) {
-    let Some(keys) = index.get_mut(&id) else {
-        return;
-    };
-    keys.remove(&key);
-    if keys.is_empty() {
-        index.remove(&id);
     }
 }
 

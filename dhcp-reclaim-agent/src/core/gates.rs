@@ -282,6 +282,7 @@ impl Case<'_> {
         let Some((_, evidence)) = self
             .binding
             .evidence
+            .as_deref()
             .filter(|(at, _)| *at >= watching.armed_at)
         else {
             return hold(if self.binding.was_deaf() {
@@ -350,7 +351,7 @@ impl Case<'_> {
             Check::Watching(watching) => watching.armed_at,
             Check::Idle | Check::Glancing => Time::ZERO,
         };
-        match (self.binding.state, self.binding.evidence) {
+        match (self.binding.state, self.binding.evidence.as_deref()) {
             (State::Moved, _) => hold("the VM moved"),
             (_, Some((_, evidence))) if evidence.elsewhere.is_some_and(|(at, _)| at >= since) => {
                 hold("it was seen behind another port")

@@ -7,6 +7,7 @@ pub mod binding;
 pub mod counters;
 pub mod engine;
 pub mod gates;
+mod index;
 pub mod limits;
 pub mod pacing;
 pub mod policy;

@@ -20,6 +20,8 @@ pub struct Policy {
     pub commit: Commit,
     /// Without a frame for this long, a VM is looked for.
     pub silence: Duration,
+    /// Of those, so many in a second at most: with more, each is looked for less often.
+    pub probe_rate: u32,
     /// Between two probes out of a port that is up.
     pub probe_interval: Duration,
     /// How long an answer to a probe may take.
@@ -58,6 +60,7 @@ impl Default for Policy {
         Self {
             commit: Commit::Ack,
             silence: Duration::from_secs(30),
+            probe_rate: 100,
             probe_interval: Duration::from_secs(10),
             probe_wait: Duration::from_secs(1),
             misses: 3,

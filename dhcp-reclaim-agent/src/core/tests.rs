@@ -42,6 +42,8 @@ struct Bench {
     also_at: Option<IfIndex>,
     address_of: Option<MacAddr>,
     mac_only: bool,
+    /// Probes leave.
+    sends: bool,
     outcome: ReleaseOutcome,
     /// What the server says to lease queries; `None`: nothing yet.
     lease_query: Option<QueryAnswer>,
@@ -67,6 +69,7 @@ impl Bench {
             also_at: None,
             address_of: None,
             mac_only: false,
+            sends: true,
             outcome: ReleaseOutcome::Sent,
             lease_query: Some(QueryAnswer::Silence),
             reads_on: false,
@@ -120,7 +123,10 @@ impl Bench {
                     }
                     Event::Evidence { key, evidence }
                 }
-                Action::Probe { key, .. } => Event::Probed { key, sent: true },
+                Action::Probe { key, .. } => Event::Probed {
+                    key,
+                    sent: self.sends,
+                },
                 Action::Release { key, .. } => Event::Released {
                     key,
                     outcome: self.outcome,
@@ -534,6 +540,47 @@ fn nothing_of_a_held_segment_is_released_until_all_was_looked_at_anew() {
     bench.pass(Duration::from_millis(1900));
     assert_eq!(bench.releases(), 0, "what was seen before counts no more");
     bench.pass(secs(30));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn the_more_there_are_the_less_often_each_is_looked_at() {
+    let mut bench = Bench::new(Policy {
+        silence: secs(2),
+        probe_rate: 4,
+        ..Policy::default()
+    });
+    for n in 1..=64 {
+        let mac = MacAddr([2, 0, 0, 0, 0, n]);
+        bench.lease(VM_PORT, mac, Ipv4Addr::new(10, 0, 0, n));
+    }
+    bench.vm_talks = true;
+    bench.pass(secs(100));
+    bench.seen.clear();
+    bench.pass(secs(200));
+    let probes = bench.probes();
+    assert!((700..900).contains(&probes), "{probes} in 200 seconds");
+}
+
+#[test]
+fn a_last_question_that_cannot_leave_is_asked_again() {
+    let mut bench = Bench::new(Policy::default());
+    bench.port(UPLINK, "up0", Role::Uplink);
+    bench.evidence.uplink_at = Some(bench.now + secs(10_000));
+    bench.lease(VM_PORT, VM, IP);
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(8));
+    assert_eq!(bench.probes(), 3, "all but the last");
+    bench.sends = false;
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 0);
+    assert_eq!(bench.verdict(Gate::Dead), Verdict::Hold);
+    bench.sends = true;
+    bench.pass(secs(6));
     assert_eq!(bench.releases(), 1);
 }
 

@@ -71,7 +71,7 @@ fn beside(ports: usize, samples: usize) -> Result<Vec<Row>> {
         first.push(at_work.as_secs_f64() * 1e3);
         both.push(told.as_secs_f64() * 1e3);
     }
-    agent.stop()?;
+    agent.stop_within(Duration::from_secs(120))?;
     let name = format!("a port more, beside {ports}");
     let mut rows = Vec::new();
     for (what, times) in [
@@ -193,7 +193,7 @@ fn containers(count: usize) -> Result<Vec<Row>> {
         count as f64 / took.as_secs_f64(),
         median(&exchange).value
     ));
-    agent.stop()?;
+    agent.stop_within(Duration::from_secs(120))?;
     Ok(vec![row])
 }
 

@@ -26,9 +26,12 @@ use serde_json::Value;
 use crate::{lab, stats::percentile};
 
 const SECTION: &str = "steady";
-/// Of probes, as the agent has it by default.
+/// As the agent has them by default: after how long a quiet address is looked at, and how many are in a
+/// second.
 const SILENCE: Duration = Duration::from_secs(30);
+const PROBE_RATE: f64 = 100.0;
 const BUCKET: Duration = Duration::from_millis(100);
+const READY: &str = ": ready bridges=";
 
 pub fn rows(quick: bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
@@ -82,10 +85,11 @@ fn steady(count: usize, quick: bool) -> Result<Vec<Row>> {
     })?;
     let mut rows = rows;
     agent.stop()?;
+    // The log of those before has the line too.
+    let before = fs::read_to_string(setup.log())?.matches(READY).count();
     let begin = now();
     let mut again = setup.spawn()?;
-    // The log of the first one has the line too.
-    again.wait_log_nth(": ready bridges=", 2, Duration::from_secs(30))?;
+    again.wait_log_nth(READY, before + 1, Duration::from_secs(30))?;
     let ready = (now() - begin).as_secs_f64();
     rows.push(
         Row::new(
@@ -190,6 +194,7 @@ fn watch(
     let probes: f64 = buckets.iter().sum::<f64>() / spent;
     let (scan, ping) = sweeps(leases)?;
 
+    let every = (count as f64 / PROBE_RATE).max(SILENCE.as_secs_f64());
     let who = format!("{count} bindings, half silent");
     let rss = after.rss / f64::from(1 << 20);
     let maps = after.maps / f64::from(1 << 20);
@@ -199,18 +204,18 @@ fn watch(
     let at_most = count == 65_536 || quick;
     let mut rows = vec![
         Row::new(SECTION, format!("{who}: CPU"), cpu, "% of a core").beside(
-            "arp-scan sweeping them every 30 s",
-            scan / SILENCE.as_secs_f64() * 100.0,
+            format!("arp-scan sweeping them every {every:.0} s"),
+            scan / every * 100.0,
         ),
         Row::new(SECTION, format!("{who}: CPU"), cpu, "% of a core").beside(
-            "fping sweeping them every 30 s",
-            ping / SILENCE.as_secs_f64() * 100.0,
+            format!("fping sweeping them every {every:.0} s"),
+            ping / every * 100.0,
         ),
         Row::new(SECTION, format!("{who}: wake-ups"), wakes, "a second"),
         Row::new(SECTION, format!("{who}: RSS"), rss, "MiB"),
         Row::new(SECTION, format!("{who}: kernel maps"), maps, "MiB"),
         Row::new(SECTION, format!("{who}: probes"), probes, "a second")
-            .beside("a sweep's frames", count as f64 / SILENCE.as_secs_f64()),
+            .beside("a sweep's frames", count as f64 / every),
         Row::new(
             SECTION,
             format!("{who}: probes in the fullest tenth of a second"),

@@ -180,7 +180,7 @@ impl Engine {
         let (Check::Watching(watching), Some(vigil)) = (binding.check, &mut binding.vigil) else {
             return;
         };
-        binding.evidence = Some((now, evidence));
+        binding.evidence = Some(Box::new((now, evidence)));
         let since = watching.armed_at;
         let seen = [
             evidence.own_at,
@@ -285,8 +285,8 @@ impl Engine {
             vlan: message.vlan,
             ip,
         });
-        let of_mac = self.by_mac.get(&(segment, message.chaddr));
-        let keys: Vec<Key> = about.chain(of_mac.into_iter().flatten().copied()).collect();
+        let of_mac = self.index.of_mac(segment, message.chaddr);
+        let keys: Vec<Key> = about.chain(of_mac).collect();
         for key in keys {
             let Some(binding) = self.bindings.get_mut(&key) else {
                 continue;
