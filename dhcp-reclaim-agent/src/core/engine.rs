@@ -90,6 +90,8 @@ struct Segment {
     relays: BTreeMap<(Vlan, Ipv4Addr), (Ipv4Addr, MacAddr)>,
 }
 
+/// Quiet VMs are looked at at multiples of this, in nanoseconds.
+const TOGETHER: u64 = 50_000_000;
 /// Servers of one segment whose MAC, or relay, is remembered.
 const SERVERS_PER_SEGMENT: usize = 256;
 
@@ -115,7 +117,8 @@ pub struct Engine {
     /// Bindings of links that are no ports at the moment.
     detached: BTreeMap<IfIndex, BTreeSet<Key>>,
     segments: BTreeMap<SegmentId, Segment>,
-    bindings: BTreeMap<Key, Binding>,
+    /// Each in a place of its own: a tree's nodes are half empty.
+    bindings: BTreeMap<Key, Box<Binding>>,
     index: Index,
     /// By xid, client and port.
     transactions: BTreeMap<(u32, MacAddr, IfIndex), Transaction>,
@@ -256,19 +259,18 @@ impl Engine {
     }
 
     pub fn bindings(&self) -> impl Iterator<Item = &Binding> {
-        self.bindings.values()
+        self.bindings.values().map(|binding| &**binding)
     }
 
     /// Bindings of `ip`, on whichever segment and VLAN.
     pub fn bindings_of(&self, ip: Ipv4Addr) -> impl Iterator<Item = &Binding> {
-        self.bindings
-            .values()
-            .filter(move |binding| binding.key.ip == ip)
+        self.bindings().filter(move |binding| binding.key.ip == ip)
     }
 
     /// What each gate would say now.
     pub fn explain(&self, key: Key, now: Time) -> Option<Vec<Finding>> {
-        let binding = self.bindings.get(&key).or_else(|| self.imports.get(key))?;
+        let binding = self.bindings.get(&key).map(|it| &**it);
+        let binding = binding.or_else(|| self.imports.get(key))?;
         Some(self.case(binding).findings(now))
     }
 
@@ -374,8 +376,8 @@ impl Engine {
     /// Whoever lost its port may have started at another one unheard; of one segment, or of all.
     fn deafen(&mut self, segment: Option<SegmentId>) {
         let of_segment =
-            |binding: &&mut Binding| segment.is_none_or(|id| binding.key.segment == id);
-        for binding in self.bindings.values_mut().filter(of_segment) {
+            |(key, _): &(&Key, &mut Box<Binding>)| segment.is_none_or(|id| key.segment == id);
+        for (_, binding) in self.bindings.iter_mut().filter(of_segment) {
             if let Check::Watching(watching) = &mut binding.check {
                 watching.deaf |= watching.lost.is_some();
             }
@@ -503,7 +505,7 @@ impl Engine {
                     // A port that never comes back keeps no more than what still lives.
                     let bindings = &self.bindings;
                     self.detached.retain(|_, keys| {
-                        keys.retain(|key| bindings.get(key).is_some_and(Binding::is_live));
+                        keys.retain(|key| bindings.get(key).is_some_and(|it| it.is_live()));
                         !keys.is_empty()
                     });
                     self.detached.insert(port, keys.iter().copied().collect());
@@ -882,7 +884,7 @@ impl Engine {
             let may_live = b.is_live() || b.doubt == Some(Doubt::Contested);
             same || (may_live && taken)
         });
-        if let Some(previous) = previous.filter(Binding::is_live)
+        if let Some(previous) = previous.filter(|it| it.is_live())
             && (previous.port, previous.chaddr) != (message.port, message.chaddr)
         {
             let (state, reason) = if previous.chaddr == message.chaddr {
@@ -2278,7 +2280,10 @@ impl Engine {
         } else {
             let silence = self.silence();
             let silence = silence - early(key, seen, silence / 2);
-            (seen + silence).max(now + Duration::from_millis(1))
+            let due = (seen + silence).max(now + Duration::from_millis(1));
+            // Those that are due at nearly the same time are looked at in one go.
+            let late = due.as_nanos() % TOGETHER;
+            due + Duration::from_nanos((TOGETHER - late) % TOGETHER)
         };
         let end = binding
             .expires
@@ -2352,7 +2357,7 @@ impl Engine {
             info.bindings.insert(key);
         }
         self.live += usize::from(binding.is_live());
-        self.bindings.insert(key, binding);
+        self.bindings.insert(key, Box::new(binding));
         self.save(key);
     }
 

@@ -108,6 +108,7 @@ impl Engine {
             let released = b.state == State::Released && b.outcome.is_some();
             b.is_live() || released || b.kept_until().is_some()
         });
+        let binding = binding.map(|it| &**it);
         let binding = binding.or_else(|| self.imports.get(key))?;
         let silent_since = match binding.check {
             Check::Watching(watching) => watching.armed_at,
