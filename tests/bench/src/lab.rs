@@ -1,5 +1,10 @@
 //! What several sections do: many clients that take leases, and an agent that knows them.
-use std::{collections::BTreeMap, net::Ipv4Addr, thread, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Result, anyhow, ensure};
 use dhcp_reclaim_tests::{
@@ -95,6 +100,29 @@ pub fn take_from(
         }
         Ok(leases)
     })
+}
+
+/// Takes once more, behind the same ports, what the agent has missed: what gets lost while so many ask
+/// at once is no part of what is measured after it.
+pub fn take_again(agent: &Agent, crowds: &[Crowd], leases: &BTreeMap<Mac, Ipv4Addr>) -> Result<()> {
+    let deadline = Deadline::after(PATIENCE);
+    let all: Vec<(Mac, Ipv4Addr)> = leases.iter().map(|(mac, ip)| (*mac, *ip)).collect();
+    let each = all.len().div_ceil(crowds.len());
+    loop {
+        thread::sleep(Duration::from_secs(1));
+        let list = agent.list()?;
+        let bound = list.iter().filter(|one| one.state == "bound");
+        let bound: BTreeSet<Ipv4Addr> = bound.map(|one| one.ip).collect();
+        if leases.values().all(|ip| bound.contains(ip)) {
+            return Ok(());
+        }
+        ensure!(!deadline.passed(), "{} of {} bound", bound.len(), all.len());
+        for (crowd, mine) in crowds.iter().zip(all.chunks(each)) {
+            let missed = mine.iter().filter(|(_, ip)| !bound.contains(ip));
+            let missed: Vec<_> = missed.copied().collect();
+            crowd.take(&missed, Asking::Straight, PATIENCE)?;
+        }
+    }
 }
 
 /// Waits until the agent has bound so many leases.

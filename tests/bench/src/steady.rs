@@ -72,6 +72,7 @@ fn steady(count: usize, quick: bool) -> Result<Vec<Row>> {
     let asked = AtomicU64::new(0);
     let rows = thread::scope(|scope| {
         let leases = lab::take_from(&crowds, count, Ipv4Addr::new(10, 68, 0, 16))?;
+        lab::take_again(&agent, &crowds, &leases)?;
         let each = leases.len().div_ceil(crowds.len());
         let all: Vec<(Mac, Ipv4Addr)> = leases.iter().map(|(mac, ip)| (*mac, *ip)).collect();
         for (crowd, mine) in crowds.iter().zip(all.chunks(each)) {
