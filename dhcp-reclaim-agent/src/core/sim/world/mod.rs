@@ -733,7 +733,7 @@ impl World {
     /// The world's time of what was `at` by the node's clock.
     fn world_time(&self, node: usize, at: Time) -> Time {
         let stood = self.nodes[node].suspended.iter();
-        let before = stood.filter(|(slept_at, _)| *slept_at < at);
+        let before = stood.filter(|(slept_at, _)| *slept_at <= at);
         at + before.map(|(_, length)| *length).sum::<Duration>()
     }
 
