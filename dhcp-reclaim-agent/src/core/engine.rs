@@ -501,7 +501,7 @@ impl Engine {
                     self.close_transaction(port, xid, mac);
                 }
                 self.ports.remove(&port);
-                if loss == PortLoss::Detached && !keys.is_empty() {
+                if loss != PortLoss::Deleted && !keys.is_empty() {
                     // A port that never comes back keeps no more than what still lives.
                     let bindings = &self.bindings;
                     self.detached.retain(|_, keys| {

@@ -230,7 +230,7 @@ impl World {
                 let apart = self
                     .nodes
                     .iter()
-                    .all(|node| self.now >= node.cut_until + secs(600));
+                    .all(|node| self.now >= node.cut_until.max(node.flat_until) + secs(600));
                 if !apart || !self.calm_node(node) {
                     return;
                 }
@@ -324,7 +324,7 @@ impl World {
         let apart = self
             .nodes
             .iter()
-            .all(|node| self.now >= node.cut_until + secs(600));
+            .all(|node| self.now >= node.cut_until.max(node.flat_until) + secs(600));
         let elsewhere = self.nodes.len() > 1;
         if !apart || self.asleep(node) || (elsewhere && !self.calm_node(node)) {
             return;
@@ -338,8 +338,6 @@ impl World {
         self.drain(node);
         let now = self.now;
         let state = &mut self.nodes[node];
-        state.cut_since = now;
-        state.cut_until = now + duration;
         state.flat_until = now + duration;
         state.excused_until = now + duration + secs(1000);
         if !deleted {

@@ -133,10 +133,13 @@ impl World {
         let state = &self.nodes[node];
         let clone =
             it.mac != release.chaddr && it.client_id.is_some() && it.client_id == release.client_id;
-        let cut = state.cut_until.max(self.nodes[it.node].cut_until);
+        let shut = |node: &Node| node.cut_until.max(node.flat_until);
+        let cut = shut(state).max(shut(&self.nodes[it.node]));
         let asleep = state.asleep_until.max(self.nodes[it.node].asleep_until);
         let quiet = it.still_until.max(cut).max(asleep);
-        let answers = it.answers_arp && quiet <= release.silent_since;
+        // On one host only the MAC of the dead is asked.
+        let asked = self.setup.uplinks;
+        let answers = asked && it.answers_arp && quiet <= release.silent_since;
         let heard = state.claims.contains(&(it.mac, release.ip));
         let missed = it
             .port

@@ -655,7 +655,7 @@ impl World {
                         self.check_lost(node, port);
                     }
                 }
-                if !self.asleep(node) && self.rng.percent(20) && self.open(node) {
+                if !self.asleep(node) && self.rng.percent(20) && self.hears(node) {
                     self.hear_uplink(node);
                 }
             }
@@ -739,6 +739,11 @@ impl World {
 
     /// Frames cross the node's uplink, and its bridge.
     fn open(&self, node: usize) -> bool {
+        self.hears(node) && self.now >= self.nodes[node].flat_until
+    }
+
+    /// What comes in by the uplink is seen there, whether or not the bridge takes it.
+    fn hears(&self, node: usize) -> bool {
         self.now >= self.nodes[node].cut_until
     }
 }

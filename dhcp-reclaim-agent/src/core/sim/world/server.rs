@@ -80,7 +80,7 @@ impl World {
             )
         };
         for other in 0..self.nodes.len() {
-            let crosses = self.setup.uplinks && self.open(other);
+            let crosses = self.setup.uplinks && self.hears(other);
             if crosses && (other == node || question.broadcast) {
                 self.hear_uplink(other);
                 let uplink = self.nodes[other].uplink;

@@ -68,7 +68,7 @@ impl World {
 
     pub(super) fn crossing(&mut self, node: usize, mac: MacAddr, ip: Option<Ipv4Addr>) {
         for other in 0..self.nodes.len() {
-            if other != node && self.open(node) && self.open(other) {
+            if other != node && self.open(node) && self.hears(other) {
                 let uplink = self.nodes[other].uplink;
                 self.sight(other, uplink, mac, ip);
             }
@@ -211,7 +211,7 @@ impl World {
         if question.broadcast {
             self.crossing(node, source_mac, source_ip);
             for other in 0..self.nodes.len() {
-                if other != node && self.open(node) && self.open(other) {
+                if other != node && self.open(node) && self.hears(other) {
                     let uplink = self.nodes[other].uplink;
                     let copy = Message {
                         port: uplink,
