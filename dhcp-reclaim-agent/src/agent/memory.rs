@@ -322,10 +322,7 @@ impl Agent {
             verdict: view::verdict(finding.verdict).to_owned(),
             reason: finding.reason.clone(),
         });
-        let binding = self
-            .engine
-            .bindings_of(key.ip)
-            .find(|binding| binding.key == key);
+        let binding = self.engine.binding(key);
         let probes = binding.map_or(0, |binding| match binding.check {
             Check::Watching(watching) => watching.probes,
             Check::Idle | Check::Glancing => 0,
@@ -378,10 +375,7 @@ impl Agent {
     pub(super) fn settle(&mut self, intent: Intent, outcome: ReleaseOutcome) {
         let key = intent.key;
         let now = clock::monotonic();
-        let first = self
-            .engine
-            .bindings_of(key.ip)
-            .find(|binding| binding.key == key && binding.vigil.is_none());
+        let first = self.engine.binding(key).filter(|it| it.vigil.is_none());
         if let Some(silent_at) = first.and_then(|binding| binding.silent_at)
             && outcome == ReleaseOutcome::Sent
         {

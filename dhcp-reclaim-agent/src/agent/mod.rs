@@ -1016,8 +1016,7 @@ impl Agent {
             ControlRequest::Explain { ip, reply } => {
                 let clocks = Clocks::now();
                 let hearsay = self.engine.imports().filter(|binding| {
-                    let unknown = self.engine.bindings_of(ip).all(|b| b.key != binding.key);
-                    binding.key.ip == ip && unknown
+                    binding.key.ip == ip && self.engine.binding(binding.key).is_none()
                 });
                 let bindings = self.engine.bindings_of(ip).chain(hearsay);
                 let views = bindings.filter_map(|binding| {

@@ -194,7 +194,7 @@ impl Agent {
             return;
         };
         let clocks = Clocks::now();
-        let binding = self.engine.bindings_of(key.ip).find(|it| it.key == key);
+        let binding = self.engine.binding(key);
         let view = binding.map(|it| view::binding(it, &self.segments, clocks));
         let Some(binding) = view else {
             let refusal = Refusal::new(ErrorCode::NotFound, "its lease has ended meanwhile");

@@ -262,6 +262,10 @@ impl Engine {
         self.bindings.values().map(|binding| &**binding)
     }
 
+    pub fn binding(&self, key: Key) -> Option<&Binding> {
+        self.bindings.get(&key).map(|binding| &**binding)
+    }
+
     /// Bindings of `ip`, on whichever segment and VLAN.
     pub fn bindings_of(&self, ip: Ipv4Addr) -> impl Iterator<Item = &Binding> {
         self.bindings().filter(move |binding| binding.key.ip == ip)
@@ -269,8 +273,7 @@ impl Engine {
 
     /// What each gate would say now.
     pub fn explain(&self, key: Key, now: Time) -> Option<Vec<Finding>> {
-        let binding = self.bindings.get(&key).map(|it| &**it);
-        let binding = binding.or_else(|| self.imports.get(key))?;
+        let binding = self.binding(key).or_else(|| self.imports.get(key))?;
         Some(self.case(binding).findings(now))
     }
 
