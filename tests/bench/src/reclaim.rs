@@ -269,11 +269,14 @@ fn many(kind: ServerKind, count: usize, quick: bool) -> Result<Vec<Row>> {
         );
     }
     if let Some(looped) = looped {
-        let ratio = pace / looped;
+        let met = pace >= 10.0 * looped || pace >= 0.9 * paced_rate;
         rows.push(
             Row::new(SECTION, format!("{who}: pace"), pace, "a second")
                 .beside("a dhcp_release process each, store re-read", looped)
-                .goal("ten times that", ratio >= 10.0),
+                .goal("ten times that, as far as the server can", met)
+                .note(format!(
+                    "the server itself, by somebody who sees its socket: {paced_rate:.0}"
+                )),
         );
     }
     Ok(rows)
