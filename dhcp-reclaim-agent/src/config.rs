@@ -7,7 +7,7 @@ mod span;
 
 use std::{
     fmt, fs, io,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -81,6 +81,8 @@ pub struct Settings {
     pub leasequery: LeaseQuery,
     /// Lease files that are read at the start.
     pub imports: Vec<ImportSpec>,
+    /// Servers that are asked for the leases of VMs that are there at the start.
+    pub ask_servers: Vec<Ipv4Addr>,
     /// Where metrics are served.
     pub metrics: Option<SocketAddr>,
 }
@@ -119,6 +121,7 @@ impl Default for Settings {
             bindings_per_port: 256,
             leasequery: LeaseQuery::Auto,
             imports: Vec::new(),
+            ask_servers: Vec::new(),
             metrics: None,
         }
     }
@@ -327,6 +330,13 @@ pub struct Options {
     /// vlan=N, server-mac=MAC, format=F (see `dhcp-reclaim import`); may be repeated
     #[arg(long, value_name = "SPEC")]
     pub import: Vec<ImportSpec>,
+    /// Ask this server for the leases of VMs that are there at the start, by DHCPLEASEQUERY from the
+    /// bridge's own address; may be repeated
+    ///
+    /// By the MACs that the bridge has learned at VM ports, for five minutes. What it answers is worth as
+    /// much as an imported lease: nothing is released before its VM was seen alive.
+    #[arg(long, value_name = "IP")]
+    pub ask_server: Vec<Ipv4Addr>,
     /// Serve metrics for Prometheus there, by HTTP and to whoever can connect, as in
     /// 127.0.0.1:9798 [default: not served]
     #[arg(long, value_name = "ADDR")]
@@ -334,7 +344,7 @@ pub struct Options {
 }
 
 /// All keys of a file, as in [`Options`].
-const KEYS: [&str; 32] = [
+const KEYS: [&str; 33] = [
     "bridge",
     "port",
     "uplink",
@@ -366,6 +376,7 @@ const KEYS: [&str; 32] = [
     "bindings-per-port",
     "leasequery",
     "import",
+    "ask-server",
     "metrics",
 ];
 
@@ -541,6 +552,7 @@ impl Settings {
             bindings_per_port: pick!(bindings_per_port),
             leasequery: pick!(leasequery),
             imports: list(flags.import, below.import),
+            ask_servers: list(flags.ask_server, below.ask_server),
             metrics: flags.metrics.or(below.metrics),
         };
         let Some((key, problem, mend)) = settings.problem() else {
@@ -913,6 +925,7 @@ mod tests {
             bindings-per-port = 11
             leasequery = "off"
             import = ["/l,server=10.0.0.1"]
+            ask-server = ["10.0.0.1", "10.0.0.2"]
             metrics = "127.0.0.1:9798"
         "#;
         let settings = load(text, Options::default()).unwrap();
@@ -948,6 +961,7 @@ mod tests {
             bindings_per_port: 11,
             leasequery: LeaseQuery::Off,
             imports: vec!["/l,server=10.0.0.1".parse().unwrap()],
+            ask_servers: vec![Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2)],
             metrics: Some(([127, 0, 0, 1], 9798).into()),
         };
         assert_eq!(settings, expected);

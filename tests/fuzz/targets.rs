@@ -5,6 +5,7 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     sync::OnceLock,
+    time::Duration,
 };
 
 use dhcp_reclaim_agent::{
@@ -15,7 +16,7 @@ use dhcp_reclaim_agent::{
     leasefile::{Format, parse},
     packet::{
         arp,
-        leasequery::{answer, query},
+        leasequery::{Reply, answer, lease, query, query_mac},
         release::{XID_OFFSET, release_frame},
     },
     store::{AuditEntry, Batch, BindingRow, Moment, OperatorEntry, PortRow, Store, TransactionRow},
@@ -230,11 +231,18 @@ pub fn record(bytes: &[u8]) {
 
 /// A datagram to the socket that waits for the answer to a lease query.
 pub fn leasequery(bytes: &[u8]) {
-    if let Ok((xid, ip, _)) = answer(bytes) {
+    if let Ok(Reply { xid, ip, .. }) = answer(bytes) {
         assert_eq!(bytes[0], 2, "not an answer");
         assert_eq!(bytes[4..8], xid.to_be_bytes());
         assert_eq!(bytes[12..16], ip.octets());
         let asked = query(ip, Ipv4Addr::LOCALHOST, xid).expect("any address can be asked about");
+        assert!(answer(&asked).is_err(), "our own question answers itself");
+    }
+    if let Some(lease) = lease(bytes) {
+        assert!(lease.mac.is_unicast(), "nobody's");
+        assert_eq!(bytes[28..34], lease.mac.0);
+        assert_eq!(bytes[12..16], lease.ip.octets());
+        let asked = query_mac(lease.mac, Ipv4Addr::LOCALHOST, 1).expect("so can any MAC");
         assert!(answer(&asked).is_err(), "our own question answers itself");
     }
 }
@@ -364,6 +372,7 @@ fn moment() -> Moment {
     Moment {
         boot: "fuzz".to_owned(),
         monotonic: Time::from_nanos(1_000_000_000_000),
+        suspended: Duration::from_secs(7),
         wall: Timestamp::UNIX_EPOCH,
     }
 }

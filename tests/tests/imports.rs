@@ -11,12 +11,12 @@ use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
     agent::{Agent, Hook, binary},
     clock::wall,
-    fixture::{BRIDGE, LEASE_SECONDS, Mac, SERVER_IP, SERVER_MAC, pool_ip, vm_mac},
+    fixture::{BRIDGE, LEASE_SECONDS, Mac, NIC, SERVER_IP, SERVER_MAC, pool_ip, vm_mac},
     lab_test,
     sandbox::DIR,
-    server::{Place, ServerKind},
+    server::{Place, Pool, ServerKind},
     vm::{KillKind, Vm},
-    wire::{Capture, RELEASE},
+    wire::{Capture, DISCOVER, RELEASE, REQUEST},
     world::{PATIENCE, World},
 };
 use serde_json::{Value, json};
@@ -126,6 +126,54 @@ lab_test! {
 
     fn libvirts_leases_are_imported_and_reclaimed() {
         imported_and_reclaimed(ServerKind::Dnsmasq, Place::Libvirt)
+    }
+
+    /// It is asked by the MACs that the bridge has learned; the VMs say nothing of DHCP.
+    fn a_server_that_is_asked_tells_of_leases_that_were_there() {
+        let pool = Pool {
+            leasequery: true,
+            ..Pool::small(6)
+        };
+        let world = World::with_pool(ServerKind::Isc, Place::Remote, pool)?;
+        world.node.netns.ip(&format!("addr add 10.67.0.2/24 dev {BRIDGE}"))?;
+        let mut vms = living(&world, 3)?;
+        for (vm, _) in &vms {
+            vm.ping(SERVER_IP)?;
+        }
+        let (mut unseen, unseen_ip) = vms.pop().context("no VM")?;
+        unseen.freeze()?;
+        let wire = Capture::start(world.server.netns(), NIC)?;
+        let server = SERVER_IP.to_string();
+        let setup = world.agent(Hook::Tc).quick();
+        let agent = setup.args(&["--ask-server", &server]).start()?;
+        for (vm, ip) in &vms {
+            let bound = agent.wait_event("bound", *ip, PATIENCE);
+            let bound = bound.with_context(|| format!("{}{}", agent.log(), world.server.log()))?;
+            ensure!(bound.port.as_deref() == Some(vm.name.as_str()), "{bound:?}");
+            let binding = agent.binding(*ip)?.context("no binding")?;
+            ensure!(binding.rest["origin"] == "imported", "{binding:?}");
+            let explained = agent.explain(*ip)?;
+            ensure!(agent.gate(*ip, "confirmed")?.0 == "pass", "{explained:?}");
+        }
+        agent.until("the third", PATIENCE, |agent| {
+            Ok((agent.counter("agent.leases_told")? == 3).then_some(()))
+        })?;
+        let asked = [wire.dhcp(DISCOVER), wire.dhcp(REQUEST)].concat();
+        ensure!(asked.is_empty(), "{asked:?}");
+        // Whom nobody has seen alive is no death, however long the other one's takes.
+        unseen.kill(KillKind::PortDeleted)?;
+        let (mut dead, dead_ip) = vms.remove(0);
+        dead.kill(KillKind::PortDeleted)?;
+        let gone = world.server.wait_gone(dead_ip, PATIENCE);
+        gone.with_context(|| format!("{:?}\n{}", agent.explain(dead_ip), agent.log()))?;
+        let releases = wire.dhcp(RELEASE);
+        ensure!(releases.iter().all(|release| release.ciaddr == dead_ip), "{releases:?}");
+        let (vm, ip) = vms.first().context("no VM")?;
+        vm.ping(SERVER_IP)?;
+        for ip in [*ip, unseen_ip] {
+            ensure!(world.server.has(ip)?, "its lease of {ip} is gone");
+        }
+        agent.stop()
     }
 
     fn what_was_imported_and_never_seen_is_never_released() {

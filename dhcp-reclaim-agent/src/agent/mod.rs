@@ -2,6 +2,7 @@
 
 mod addresses;
 mod armed;
+mod census;
 mod epochs;
 mod figures;
 mod imports;
@@ -34,6 +35,7 @@ use tracing::{debug, error, info, trace, warn};
 use self::{
     addresses::Addresses,
     armed::{Armed, Scope},
+    census::Census,
     epochs::Epochs,
     memory::{Left, Memory, known_ports},
     operator::Questions,
@@ -112,6 +114,7 @@ struct Agent {
     /// What an earlier agent knew is still being taken over, and with it what is to be watched.
     remembering: bool,
     queries: Queries,
+    census: Census,
     soundings: Soundings,
     addresses: Addresses,
     questions: Questions,
@@ -212,6 +215,7 @@ impl Agent {
             epoch_wanted: false,
             remembering: true,
             queries: Queries::default(),
+            census: Census::default(),
             soundings: Soundings::default(),
             addresses: Addresses::default(),
             questions: Questions::default(),
@@ -377,6 +381,7 @@ impl Agent {
             self.check_lost(port).await;
         }
         self.expire_queries().await;
+        self.take_census().await;
     }
 
     /// Before anything is concluded from what did or did not happen: was there a time in which
@@ -1074,6 +1079,9 @@ impl Agent {
             ("reloads", reloads),
             ("reloads_refused", reloads_refused),
             ("lease_answers_refused", self.queries.refused),
+            ("leases_asked_for", self.census.asked),
+            ("leases_told", self.census.found),
+            ("leases_not_asked_for", self.census.refused),
             ("soundings_failed", self.soundings.failed),
             ("link_resyncs", self.ports.resyncs()),
             ("link_messages_malformed", self.ports.malformed()),

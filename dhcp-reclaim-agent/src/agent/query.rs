@@ -15,8 +15,8 @@ use tracing::debug;
 use super::{Agent, chain, draw_xid};
 use crate::{
     clock,
-    core::{Event, IfIndex, Key, Query, QueryAnswer, SegmentId, Time},
-    packet::leasequery,
+    core::{Event, IfIndex, Key, MacAddr, Query, QueryAnswer, SegmentId, Time},
+    packet::leasequery::{self, Reply},
 };
 
 const PORT: u16 = 67;
@@ -36,9 +36,38 @@ pub(super) struct Queries {
 
 #[derive(Debug)]
 struct Asked {
-    key: Key,
+    about: About,
     server: Ipv4Addr,
     until: Time,
+}
+
+/// What a question is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum About {
+    /// What became of the RELEASE of an address.
+    Address(Key),
+    /// What a MAC leases.
+    Mac(SegmentId, MacAddr),
+}
+
+impl About {
+    fn segment(self) -> SegmentId {
+        match self {
+            Self::Address(key) => key.segment,
+            Self::Mac(segment, _) => segment,
+        }
+    }
+
+    fn is_answered_by(self, reply: &Reply) -> bool {
+        match self {
+            Self::Address(key) => key.ip == reply.ip,
+            // Who has no lease may be named or not.
+            Self::Mac(_, mac) => match reply.answer {
+                QueryAnswer::Active(named) => named == Some(mac),
+                _ => true,
+            },
+        }
+    }
 }
 
 impl Queries {
@@ -77,33 +106,56 @@ impl Agent {
         if query.vlan != 0 {
             return Err("the bridge itself has no address on a VLAN".to_owned());
         }
+        self.put(About::Address(key), query.server).await
+    }
+
+    /// Asks what a MAC leases; the answer comes to [`Self::lease_told`].
+    pub(super) async fn ask_for_mac(
+        &mut self,
+        segment: SegmentId,
+        mac: MacAddr,
+        server: Ipv4Addr,
+    ) -> Result<(), String> {
+        self.put(About::Mac(segment, mac), server).await
+    }
+
+    async fn put(&mut self, about: About, server: Ipv4Addr) -> Result<(), String> {
         if self.queries.open.len() >= OPEN {
             return Err("too many are open".to_owned());
         }
-        let bridge = self.segments.bridge(query.segment).ok_or("no bridge")?;
+        let segment = about.segment();
+        let bridge = self.segments.bridge(segment).ok_or("no bridge")?;
         let networks = self.addresses.of(bridge.ifindex).await;
         let networks = networks.map_err(|error| chain(&error))?;
-        if networks.iter().any(|(own, _)| *own == query.server) {
+        if networks.iter().any(|(own, _)| *own == server) {
             return Err("the server is this host".to_owned());
         }
         let (from, _) = *networks.first().ok_or("the bridge has no address")?;
         let xid = draw_xid().ok_or("no random numbers")?;
-        let payload = leasequery::query(query.ip, from, xid).ok_or("it cannot be encoded")?;
-        let socket = match self.queries.sockets.entry(query.segment) {
+        let payload = match about {
+            About::Address(key) => leasequery::query(key.ip, from, xid),
+            About::Mac(_, mac) => leasequery::query_mac(mac, from, xid),
+        };
+        let payload = payload.ok_or("it cannot be encoded")?;
+        let socket = match self.queries.sockets.entry(segment) {
             Entry::Occupied(open) => open.into_mut(),
             Entry::Vacant(none) => {
                 let socket = open(bridge.ifindex, from).map_err(|error| error.to_string())?;
                 none.insert(socket)
             }
         };
-        let to = SocketAddrV4::new(query.server, PORT);
+        let to = SocketAddrV4::new(server, PORT);
         socket
             .send_to(&payload, to)
             .await
             .map_err(|error| error.to_string())?;
         let until = clock::monotonic() + PATIENCE;
-        let server = query.server;
-        self.queries.open.insert(xid, Asked { key, server, until });
+        let asked = Asked {
+            about,
+            server,
+            until,
+        };
+        self.queries.open.insert(xid, asked);
         Ok(())
     }
 
@@ -113,6 +165,7 @@ impl Agent {
         self.turn().await;
         self.drain().await;
         let mut answers = Vec::new();
+        let mut leases = Vec::new();
         let mut buffer = [0; 2048];
         let Queries {
             sockets,
@@ -123,29 +176,40 @@ impl Agent {
         for (segment, socket) in sockets.iter() {
             while let Ok((length, from)) = socket.try_recv_from(&mut buffer) {
                 let answer = buffer.get(..length).map(leasequery::answer);
-                let Some(Ok((xid, ip, answer))) = answer else {
+                let Some(Ok(reply)) = answer else {
                     *refused += 1;
                     continue;
                 };
                 // From the server itself, with a number that it alone was told.
-                let ours = open.get(&xid).is_some_and(|asked| {
-                    asked.key.ip == ip
-                        && asked.key.segment == *segment
+                let ours = open.get(&reply.xid).is_some_and(|asked| {
+                    asked.about.is_answered_by(&reply)
+                        && asked.about.segment() == *segment
                         && from == SocketAddr::from((asked.server, PORT))
                 });
-                match open.remove(&xid).filter(|_| ours) {
-                    Some(Asked { key, server, .. }) => answers.push(Event::Queried {
+                let asked = open.remove(&reply.xid).filter(|_| ours);
+                let Some(Asked { about, server, .. }) = asked else {
+                    *refused += 1;
+                    continue;
+                };
+                match about {
+                    About::Address(key) => answers.push(Event::Queried {
                         key,
                         server,
-                        answer,
+                        answer: reply.answer,
                     }),
-                    None => *refused += 1,
+                    About::Mac(segment, _) => {
+                        let lease = buffer.get(..length).and_then(leasequery::lease);
+                        leases.extend(lease.map(|lease| (segment, server, lease)));
+                    }
                 }
             }
         }
         self.close_idle();
         for answer in answers {
             self.tell(answer).await;
+        }
+        for (segment, server, lease) in leases {
+            self.lease_told(segment, server, lease).await;
         }
     }
 
@@ -158,7 +222,10 @@ impl Agent {
             .extract_if(.., |_, asked| asked.until <= now);
         let late: Vec<Asked> = late.map(|(_, asked)| asked).collect();
         self.close_idle();
-        for Asked { key, server, .. } in late {
+        for Asked { about, server, .. } in late {
+            let About::Address(key) = about else {
+                continue;
+            };
             let answer = QueryAnswer::Silence;
             self.tell(Event::Queried {
                 key,
@@ -172,7 +239,7 @@ impl Agent {
     /// The port is not ours to keep: a server or a relay may want it.
     fn close_idle(&mut self) {
         let Queries { sockets, open, .. } = &mut self.queries;
-        sockets.retain(|segment, _| open.values().any(|asked| asked.key.segment == *segment));
+        sockets.retain(|segment, _| open.values().any(|asked| asked.about.segment() == *segment));
     }
 }
 

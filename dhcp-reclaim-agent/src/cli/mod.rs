@@ -215,7 +215,7 @@ mod tests {
             --hold-down-silent 5m --port-up never --settle 3s --min-remaining 10s --breaker off \
             --breaker-min 32 --breaker-window 60s --rate 50 --burst 64 --record-rate 15 \
             --record-burst 60 --bindings-per-port 256 --config /x --log-level debug \
-            --import /l,server=10.0.0.1 --metrics [::1]:9798 --log-format json";
+            --import /l,server=10.0.0.1 --ask-server 10.0.0.1 --metrics [::1]:9798 --log-format json";
         let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
         let Command::Run(args) = cli.command else {
             panic!()

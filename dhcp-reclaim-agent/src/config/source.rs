@@ -57,6 +57,7 @@ impl Settings {
             ("state", self.state == wanted.state),
             ("sandbox", self.sandbox == wanted.sandbox),
             ("import", self.imports == wanted.imports),
+            ("ask-server", self.ask_servers == wanted.ask_servers),
             ("metrics", self.metrics == wanted.metrics),
             (
                 "detach-on-exit",

@@ -1,10 +1,10 @@
-//! DHCPLEASEQUERY by address, and the answers to it (RFC 4388).
+//! DHCPLEASEQUERY by address and by MAC, and the answers to it (RFC 4388).
 
 use std::net::Ipv4Addr;
 
 use dhcproto::{
     Decodable, Decoder, Encodable, Encoder,
-    v4::{DhcpOption, HType, Message, MessageType, Opcode},
+    v4::{DhcpOption, HType, Message, MessageType, Opcode, OptionCode},
 };
 
 use crate::core::{MacAddr, QueryAnswer};
@@ -40,8 +40,86 @@ pub fn query(ip: Ipv4Addr, from: Ipv4Addr, xid: u32) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// What a datagram from port 67 answers: the xid, the address, and who has it.
-pub fn answer(bytes: &[u8]) -> Result<(u32, Ipv4Addr, QueryAnswer), AnswerError> {
+/// The same about whatever `mac` leases (RFC 4388 section 6.4.1).
+pub fn query_mac(mac: MacAddr, from: Ipv4Addr, xid: u32) -> Option<Vec<u8>> {
+    let unset = Ipv4Addr::UNSPECIFIED;
+    let mut dhcp = Message::new_with_id(xid, unset, unset, unset, from, &mac.0);
+    dhcp.opts_mut()
+        .insert(DhcpOption::MessageType(MessageType::LeaseQuery));
+    dhcp.opts_mut()
+        .insert(DhcpOption::ParameterRequestList(vec![
+            OptionCode::AddressLeaseTime,
+            OptionCode::ServerIdentifier,
+            OptionCode::ClientIdentifier,
+        ]));
+    let mut bytes = Vec::with_capacity(BOOTP_MIN);
+    dhcp.encode(&mut Encoder::new(&mut bytes)).ok()?;
+    bytes.resize(bytes.len().max(BOOTP_MIN), 0);
+    Some(bytes)
+}
+
+/// What a datagram answers, and which question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reply {
+    pub xid: u32,
+    pub ip: Ipv4Addr,
+    pub answer: QueryAnswer,
+}
+
+/// A lease that a server calls active (DHCPLEASEACTIVE).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    pub ip: Ipv4Addr,
+    pub mac: MacAddr,
+    /// Option 61, verbatim.
+    pub client_id: Option<Vec<u8>>,
+    /// Option 54.
+    pub server: Option<Ipv4Addr>,
+    /// What is left of it, in seconds (option 51); all ones is for ever.
+    pub secs: Option<u32>,
+}
+
+/// The lease that an answer tells of; `None`: of none, or of nobody.
+pub fn lease(bytes: &[u8]) -> Option<Lease> {
+    let Ok(Reply {
+        ip,
+        answer: QueryAnswer::Active(Some(mac)),
+        ..
+    }) = answer(bytes)
+    else {
+        return None;
+    };
+    let options = bytes.get(HEADER..)?;
+    let four = |code| -> Option<[u8; 4]> { option(options, code)?.try_into().ok() };
+    let client_id = option(options, 61).filter(|id| !id.is_empty());
+    Some(Lease {
+        ip,
+        mac,
+        client_id: client_id.map(<[u8]>::to_vec),
+        server: four(54).map(Ipv4Addr::from),
+        secs: four(51).map(u32::from_be_bytes),
+    })
+}
+
+/// The first option of this code, if all up to it are whole.
+fn option(mut options: &[u8], wanted: u8) -> Option<&[u8]> {
+    loop {
+        match options {
+            [0, rest @ ..] => options = rest,
+            [] | [_] | [255, ..] => return None,
+            [code, length, rest @ ..] => {
+                let length = usize::from(*length);
+                if *code == wanted {
+                    return rest.get(..length);
+                }
+                options = rest.get(length..)?;
+            }
+        }
+    }
+}
+
+/// What a datagram from port 67 answers.
+pub fn answer(bytes: &[u8]) -> Result<Reply, AnswerError> {
     // Checked before dhcproto sees it: its `chaddr` panics on a length above 16.
     let &[_, htype, hlen, ..] = bytes else {
         return Err(AnswerError::Short(bytes.len()));
@@ -53,7 +131,9 @@ pub fn answer(bytes: &[u8]) -> Result<(u32, Ipv4Addr, QueryAnswer), AnswerError>
         return Err(AnswerError::Hardware { htype, hlen });
     }
     // Nor is it given options that we do not need: it panics on some of a wrong length.
-    let kind = message_type(&bytes[HEADER..]).ok_or(AnswerError::Malformed)?;
+    let Some(&[kind]) = option(&bytes[HEADER..], 53) else {
+        return Err(AnswerError::Malformed);
+    };
     let whole = [&bytes[..HEADER], &[53, 1, kind, 255]].concat();
     let message = Message::decode(&mut Decoder::new(&whole)).map_err(|_| AnswerError::Malformed)?;
     if message.opcode() != Opcode::BootReply {
@@ -69,19 +149,11 @@ pub fn answer(bytes: &[u8]) -> Result<(u32, Ipv4Addr, QueryAnswer), AnswerError>
         Some(MessageType::LeaseActive) => QueryAnswer::Active(mac.filter(|mac| mac.is_unicast())),
         _ => return Err(AnswerError::NotAnAnswer),
     };
-    Ok((message.xid(), message.ciaddr(), answer))
-}
-
-/// Option 53, if all options up to it are whole.
-fn message_type(mut options: &[u8]) -> Option<u8> {
-    loop {
-        match options {
-            [0, rest @ ..] => options = rest,
-            [53, 1, kind, ..] => return Some(*kind),
-            [] | [_] | [53 | 255, ..] => return None,
-            [_, length, rest @ ..] => options = rest.get(usize::from(*length)..)?,
-        }
-    }
+    Ok(Reply {
+        xid: message.xid(),
+        ip: message.ciaddr(),
+        answer,
+    })
 }
 
 #[cfg(test)]
@@ -123,8 +195,42 @@ mod tests {
             (13, 0, QueryAnswer::Active(None)),
         ] {
             let read = answer(&reply(kind, 1, hlen));
-            assert_eq!(read, Ok((0x1122_3344, IP, expected)));
+            let (xid, ip) = (0x1122_3344, IP);
+            let answer = expected;
+            assert_eq!(read, Ok(Reply { xid, ip, answer }));
         }
+    }
+
+    #[test]
+    fn asks_by_mac_alone() {
+        let bytes = query_mac(MacAddr([2, 0, 0, 0, 0, 9]), US, 0x1122_3344).unwrap();
+        assert_eq!(bytes[..8], [1, 1, 6, 0, 0x11, 0x22, 0x33, 0x44]);
+        assert_eq!(bytes[12..24], [0; 12], "ciaddr, yiaddr, siaddr");
+        assert_eq!(bytes[24..34], [10, 0, 0, 2, 2, 0, 0, 0, 0, 9]);
+        assert_eq!(bytes[240..243], [53, 1, 10]);
+        assert_eq!(option(&bytes[240..], 55), Some(&[51, 54, 61][..]));
+        assert_eq!(option(&bytes[240..], 61), None, "not asked by it");
+    }
+
+    #[test]
+    fn reads_a_lease_and_what_is_missing_of_it() {
+        let mut bytes = reply(13, 1, 6);
+        let plain = lease(&bytes).unwrap();
+        assert_eq!((plain.ip, plain.secs, plain.server), (IP, None, None));
+        bytes.truncate(243);
+        bytes.extend([51, 4, 0, 0, 1, 0, 54, 4, 10, 0, 0, 1, 61, 2, 0, 7]);
+        let whole = lease(&bytes).unwrap();
+        assert_eq!(whole.mac, MacAddr([2, 0, 0, 0, 0, 9]));
+        assert_eq!(whole.secs, Some(256));
+        assert_eq!(whole.server, Some(Ipv4Addr::new(10, 0, 0, 1)));
+        assert_eq!(whole.client_id.as_deref(), Some(&[0, 7][..]));
+        // Cut off, and of a wrong length.
+        bytes.pop();
+        assert_eq!(lease(&bytes).unwrap().client_id, None);
+        bytes[244] = 3;
+        assert_eq!(lease(&bytes).unwrap().secs, None);
+        assert_eq!(lease(&reply(11, 1, 6)), None, "unassigned");
+        assert_eq!(lease(&reply(13, 1, 0)), None, "whose?");
     }
 
     #[test]
@@ -153,6 +259,7 @@ mod tests {
             bytes.truncate(240);
             bytes.extend(options);
             let _refused = answer(&bytes);
+            let _refused = lease(&bytes);
         }
     }
 }

@@ -14,7 +14,11 @@ use std::{
 };
 
 use futures::TryStreamExt;
-use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::{
+    AddressFamily,
+    address::AddressAttribute,
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+};
 use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::{
     packet_core::{NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer},
@@ -26,7 +30,7 @@ pub use self::{
     glob::{Glob, GlobError},
     links::{Link, LinkChange, Links, OWN_PREFIX, PortEvent, PortRules, VlanFiltering},
 };
-use crate::core::IfIndex;
+use crate::core::{IfIndex, MacAddr};
 
 /// The group of link messages, as the bit for bind(2).
 const GROUP_LINK: u32 = 1;
@@ -301,6 +305,46 @@ pub async fn local_networks(ifindex: IfIndex) -> Result<Vec<(Ipv4Addr, u8)>, Add
             Some((*address, prefix))
         });
     Ok(addresses.collect())
+}
+
+/// MACs that bridges have learned, and at which of their ports.
+pub async fn learned_macs() -> Result<Vec<(IfIndex, MacAddr)>, AddressError> {
+    let rows = neighbours(AddressFamily::Bridge).await?;
+    let learned = rows.iter().filter(|row| {
+        // The bridge's own, and those of its ports.
+        row.header.state != NeighbourState::Permanent
+    });
+    let learned = learned.filter_map(|row| Some((row.header.ifindex, mac_of(row)?)));
+    Ok(learned.collect())
+}
+
+/// The MAC that `ip` has at `link`, by the kernel's table of neighbours.
+pub async fn neighbour(link: IfIndex, ip: Ipv4Addr) -> Result<Option<MacAddr>, AddressError> {
+    let rows = neighbours(AddressFamily::Inet).await?;
+    let destination = NeighbourAttribute::Destination(NeighbourAddress::Inet(ip));
+    let found = rows
+        .iter()
+        .find(|row| row.header.ifindex == link && row.attributes.contains(&destination));
+    Ok(found.and_then(mac_of))
+}
+
+async fn neighbours(family: AddressFamily) -> Result<Vec<NeighbourMessage>, AddressError> {
+    let (connection, handle, _messages) =
+        rtnetlink::new_connection().map_err(AddressError::Open)?;
+    let connection = tokio::spawn(connection);
+    let rows = handle.neighbours().get().set_address_family(family);
+    let rows: Result<Vec<_>, _> = rows.execute().try_collect().await;
+    connection.abort();
+    rows.map_err(AddressError::Ask)
+}
+
+fn mac_of(row: &NeighbourMessage) -> Option<MacAddr> {
+    row.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(bytes) => {
+            Some(MacAddr(bytes.as_slice().try_into().ok()?))
+        }
+        _ => None,
+    })
 }
 
 /// The addresses of a link cannot be told.

@@ -112,6 +112,14 @@ impl Engine {
             .map(|waiting| &waiting.binding)
     }
 
+    /// Whether anything is known of what the MAC leases, by the wire or by hearsay.
+    pub fn knows(&self, segment: SegmentId, mac: MacAddr) -> bool {
+        let mut bound = self.index.of_mac(segment, mac);
+        let mut told = self.imports.waiting.iter();
+        bound.any(|key| self.bindings.get(&key).is_some_and(|it| it.is_live()))
+            || told.any(|(key, it)| key.segment == segment && it.binding.chaddr == mac)
+    }
+
     /// Takes leases that were not seen on the wire. What the wire has said of an address is better.
     pub fn import(&mut self, imports: Vec<Import>, now: Time) -> ImportCount {
         let mut count = ImportCount::default();

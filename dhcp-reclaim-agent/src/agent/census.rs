@@ -1,0 +1,135 @@
+//! Leases that were there first: servers are asked for them by the MACs that the bridges have learned.
+//!
+//! What a server says is worth as much as a lease file: it is looked for, and nothing is released
+//! before its VM was seen alive at a port.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::Ipv4Addr,
+    time::Duration,
+};
+
+use tracing::{debug, info};
+
+use super::{Agent, chain};
+use crate::{
+    clock,
+    core::{IfIndex, Import, Key, MacAddr, Role, SegmentId, Time},
+    packet::leasequery::Lease,
+    ports::{learned_macs, neighbour},
+};
+
+/// A quiet VM's MAC is in the bridge's table once it speaks: a few looks, and no more.
+const LOOKS: u8 = 10;
+const BETWEEN: Duration = Duration::from_secs(30);
+/// A guest can send in any number of names.
+const MACS_PER_PORT: usize = 16;
+const MACS: usize = 16_384;
+/// Questions at once: a server is not to be stormed.
+const AT_ONCE: usize = 32;
+
+#[derive(Debug, Default)]
+pub(super) struct Census {
+    looks: u8,
+    next: Option<Time>,
+    /// Those that were asked for, or are to be.
+    known: BTreeSet<(SegmentId, MacAddr)>,
+    by_port: BTreeMap<IfIndex, usize>,
+    waiting: VecDeque<(SegmentId, MacAddr, Ipv4Addr)>,
+    /// MACs that nobody was asked for: one port has too many, or all together.
+    pub(super) refused: u64,
+    pub(super) asked: u64,
+    pub(super) found: u64,
+}
+
+impl Agent {
+    /// Goes on asking; called once an epoch.
+    pub(super) async fn take_census(&mut self) {
+        if self.settings.ask_servers.is_empty() {
+            return;
+        }
+        let now = clock::monotonic();
+        let due = self.census.next.is_none_or(|at| at <= now);
+        if due && self.census.looks < LOOKS {
+            self.census.looks += 1;
+            self.census.next = Some(now + BETWEEN);
+            self.look_for_macs().await;
+        }
+        for _ in 0..AT_ONCE {
+            let Some((segment, mac, server)) = self.census.waiting.pop_front() else {
+                break;
+            };
+            self.census.asked += 1;
+            if let Err(why) = self.ask_for_mac(segment, mac, server).await {
+                debug!(%server, %mac, why, "cannot ask for its lease");
+            }
+        }
+    }
+
+    async fn look_for_macs(&mut self) {
+        let learned = match learned_macs().await {
+            Ok(learned) => learned,
+            Err(error) => {
+                debug!(error = %chain(&error), "what the bridges have learned is not known");
+                return;
+            }
+        };
+        for (port, mac) in learned {
+            let vms = |it: &&super::Watched| it.port.role == Role::Vm;
+            let Some(segment) = self
+                .watched
+                .get(&port)
+                .filter(vms)
+                .map(|it| it.port.segment)
+            else {
+                continue;
+            };
+            let census = &mut self.census;
+            if self.engine.knows(segment, mac) || census.known.contains(&(segment, mac)) {
+                continue;
+            }
+            let of_port = census.by_port.entry(port).or_default();
+            if *of_port >= MACS_PER_PORT || census.known.len() >= MACS {
+                census.refused += 1;
+                continue;
+            }
+            *of_port += 1;
+            census.known.insert((segment, mac));
+            let servers = self.settings.ask_servers.iter();
+            census
+                .waiting
+                .extend(servers.map(|server| (segment, mac, *server)));
+        }
+    }
+
+    /// A server has said what `mac` leases.
+    pub(super) async fn lease_told(&mut self, segment: SegmentId, server: Ipv4Addr, lease: Lease) {
+        let now = clock::monotonic();
+        let server = lease.server.unwrap_or(server);
+        let bridge = self.segments.bridge(segment).map(|bridge| bridge.ifindex);
+        // It has just answered us.
+        let server_mac = match bridge {
+            Some(bridge) => neighbour(bridge, server).await.ok().flatten(),
+            None => None,
+        };
+        let import = Import {
+            key: Key {
+                segment,
+                vlan: 0,
+                ip: lease.ip,
+            },
+            chaddr: lease.mac,
+            client_id: lease.client_id,
+            server: Some(server),
+            server_mac,
+            expires: lease.secs.and_then(|secs| match secs {
+                u32::MAX => None,
+                secs => Some(now + Duration::from_secs(secs.into())),
+            }),
+        };
+        let count = self.engine.import(vec![import], now);
+        self.census.found += count.taken;
+        info!(ip = %lease.ip, mac = %lease.mac, %server, taken = count.taken, "a lease by its server's word");
+        self.carry_out().await;
+    }
+}
