@@ -9,8 +9,8 @@ use dhcp_reclaim_agent::{
     core::{MacAddr, Port, Role},
     emit::{PacketSocket, PrivateLink},
     kernel::{
-        AttachedHook, Hook, Kernel, KernelError, LoadOptions, RecordRing, message, watch_ip,
-        watch_mac,
+        AttachedHook, Expedite, Hook, Kernel, KernelError, LoadOptions, RecordRing, message,
+        watch_ip, watch_mac,
     },
 };
 use dhcp_reclaim_ebpf::{
@@ -52,6 +52,21 @@ fn frames_pass_unchanged() {
             .unwrap();
         assert_eq!((result.data_size_out as usize, out), (frame.len(), frame));
     });
+}
+
+/// It is set while something is done, and then as it was. The kernel of a test machine may lack it.
+#[test]
+fn the_kernel_hurries_for_as_long_as_it_is_told_to() {
+    const KNOB: &str = "/sys/kernel/rcu_expedited";
+
+    let read = || std::fs::read_to_string(KNOB);
+    let Ok(before) = read() else {
+        return;
+    };
+    let hurry = Expedite::open().unwrap();
+    hurry.during(|| assert_eq!(read().unwrap().trim(), "1"));
+    assert_eq!(read().unwrap(), before);
+    Expedite::default().during(|| assert_eq!(read().unwrap(), before));
 }
 
 #[test]

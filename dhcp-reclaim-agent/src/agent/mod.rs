@@ -55,7 +55,9 @@ use crate::{
     },
     emit::{PacketSocket, PrivateLink},
     errors::chain,
-    kernel::{self, AttachedHook, BATCH, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac},
+    kernel::{
+        self, AttachedHook, BATCH, Expedite, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac,
+    },
     metrics::{MetricsRequest, MetricsServer, Reclaims},
     packet::{arp, release::release_frame},
     ports::{PortEvent, PortWatcher, VlanFiltering},
@@ -93,6 +95,7 @@ struct Agent {
     service: Service,
     engine: Engine,
     kernel: Kernel,
+    expedite: Expedite,
     ring: RecordRing,
     requests: mpsc::Receiver<ControlRequest>,
     control: Arc<ControlStats>,
@@ -180,6 +183,14 @@ impl Agent {
         let (connection, handle, _) =
             rtnetlink::new_connection().context("cannot open a netlink socket")?;
         tokio::spawn(connection);
+        let expedite = match settings.expedite {
+            // Attaching takes longer without, and that is all.
+            true => Expedite::open().unwrap_or_else(|error| {
+                warn!(%error, "`expedite`: the kernel cannot be told to hurry");
+                Expedite::default()
+            }),
+            false => Expedite::default(),
+        };
         let link = PrivateLink::create(&handle).await?;
         kernel.attach_emit(link.ifindex())?;
         let socket = PacketSocket::open()?;
@@ -196,6 +207,7 @@ impl Agent {
         let mut agent = Self {
             engine: Engine::new(settings.policy(), now),
             kernel,
+            expedite,
             ring,
             requests,
             control,
@@ -523,7 +535,10 @@ impl Agent {
 
     async fn watch(&mut self, port: Port) {
         let (rate, burst) = self.record_limits(port.role);
-        let hook = match self.kernel.watch(&port, rate, burst) {
+        let hook = match self
+            .expedite
+            .during(|| self.kernel.watch(&port, rate, burst))
+        {
             Ok(hook) => hook,
             Err(error) => {
                 self.counters.watch_failures += 1;

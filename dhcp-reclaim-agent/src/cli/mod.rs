@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn every_setting_has_its_flag() {
         let line = "dhcp-reclaim run --bridge br0 --bridge br1 --port vnet* --uplink eth0 \
-            --hook xdp --commit request --bpffs /bpf --control /c --dry-run --sandbox log --silence 30s \
+            --hook xdp --commit request --bpffs /bpf --control /c --expedite --dry-run --sandbox log --silence 30s \
             --probe-rate 100 --probe-interval 10s --misses 3 --hold-down 2s --hold-down-uplink 10s \
             --hold-down-silent 5m --port-up never --settle 3s --min-remaining 10s --breaker off \
             --breaker-min 32 --breaker-window 60s --rate 50 --burst 64 --record-rate 15 \

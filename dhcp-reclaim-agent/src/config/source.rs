@@ -56,6 +56,7 @@ impl Settings {
             ("control", self.control == wanted.control),
             ("state", self.state == wanted.state),
             ("sandbox", self.sandbox == wanted.sandbox),
+            ("expedite", self.expedite == wanted.expedite),
             ("import", self.imports == wanted.imports),
             ("ask-server", self.ask_servers == wanted.ask_servers),
             ("metrics", self.metrics == wanted.metrics),

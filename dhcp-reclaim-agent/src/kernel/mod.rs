@@ -1,6 +1,7 @@
 //! The kernel half, as the loop sees it: ports, evidence, orders and records.
 
 mod attach;
+mod expedite;
 mod load;
 mod maps;
 mod message;
@@ -21,6 +22,7 @@ use nix::net::if_::if_indextoname;
 
 pub use self::{
     attach::AttachedHook,
+    expedite::Expedite,
     load::{Hook, LoadOptions, PINS},
     message::{Malformed, message, role_of, watch_ip, watch_mac},
     ring::{BATCH, RecordRing},
