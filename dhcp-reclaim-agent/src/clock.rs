@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use nix::time::{ClockId, clock_gettime};
 
 use crate::core::Time;
@@ -14,6 +16,22 @@ pub fn monotonic() -> Time {
 /// `CLOCK_BOOTTIME`: goes on while the host is suspended.
 pub fn boottime() -> Time {
     read(ClockId::CLOCK_BOOTTIME)
+}
+
+/// For how long the host has been suspended since it booted, to a millisecond. A process that is
+/// interrupted between two clocks sees them apart, and looks again.
+pub fn suspended() -> Duration {
+    let mut nearest = (Duration::MAX, Duration::ZERO);
+    for _ in 0..8 {
+        let before = monotonic();
+        let suspended = boottime().since(before);
+        let took = monotonic().since(before);
+        nearest = nearest.min((took, suspended));
+        if took < Duration::from_millis(1) {
+            break;
+        }
+    }
+    nearest.1
 }
 
 fn read(clock: ClockId) -> Time {

@@ -100,7 +100,7 @@ impl Memory {
             trail,
             lines: Vec::new(),
             boot,
-            suspended: clock::boottime().since(clock::monotonic()),
+            suspended: clock::suspended(),
             bindings: BTreeSet::new(),
             transactions: BTreeSet::new(),
             ports: BTreeSet::new(),

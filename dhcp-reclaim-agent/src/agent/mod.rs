@@ -74,7 +74,7 @@ const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
 /// The loop turns once an epoch at least. Whoever did not run for longer has not listened meanwhile.
 const OVERSLEPT: Duration = Duration::from_secs(5);
 /// The clocks of a host that is not suspended do not come apart by as much.
-const SUSPENDED: Duration = Duration::from_millis(10);
+const SUSPENDED: Duration = Duration::from_millis(100);
 /// Batches that are read before something else gets its turn.
 const DRAIN: usize = 64;
 /// Option 56 of every RELEASE: who sent it, for the server's log.
@@ -126,8 +126,10 @@ struct Agent {
     metrics: mpsc::Receiver<MetricsRequest>,
     reclaims: Reclaims,
     started_at: jiff::Timestamp,
-    /// When the loop turned last, by the clock that goes on in a suspended host, and by ours.
-    turned_at: (Time, Time),
+    /// When the loop turned last, by the clock that goes on in a suspended host.
+    turned_at: Time,
+    /// For how long the host had been suspended by then, in all.
+    suspended: Duration,
 }
 
 #[derive(Debug)]
@@ -213,7 +215,8 @@ impl Agent {
             control,
             memory: Memory::new(store, Trail::new(&settings.state), boot),
             started_at: clock::wall(),
-            turned_at: (clock::boottime(), now),
+            turned_at: clock::boottime(),
+            suspended: clock::suspended(),
             ports,
             link,
             socket,
@@ -287,7 +290,7 @@ impl Agent {
             control = %self.settings.control.display(),
             "ready"
         );
-        self.turned_at = (clock::boottime(), clock::monotonic());
+        self.turned_at = clock::boottime();
         for (_, bridge) in self.segments.absent() {
             warn!(bridge, "not there yet: waiting for it");
         }
@@ -399,11 +402,12 @@ impl Agent {
     /// Before anything is concluded from what did or did not happen: was there a time in which
     /// nobody looked?
     pub(super) async fn turn(&mut self) {
-        let now = (clock::boottime(), clock::monotonic());
-        let before = std::mem::replace(&mut self.turned_at, now);
-        let slept = now.0.since(before.0);
-        let suspended = slept.saturating_sub(now.1.since(before.1));
-        self.memory.set_suspended(now.0.since(now.1));
+        let now = clock::boottime();
+        let slept = now.since(std::mem::replace(&mut self.turned_at, now));
+        let suspended = clock::suspended();
+        let before = std::mem::replace(&mut self.suspended, suspended);
+        let suspended = suspended.saturating_sub(before);
+        self.memory.set_suspended(self.suspended);
         // However short a suspension is, leases went on meanwhile, and more may follow.
         if slept > OVERSLEPT || suspended > SUSPENDED {
             warn!(
