@@ -16,7 +16,7 @@ use dhcp_reclaim_tests::{
     fixture::{BRIDGE, Mac, SERVER_IP},
     lab_test,
     server::{Place, Pool, ServerKind},
-    wire::{Capture, RELEASE},
+    wire::{ACK, Capture, Frame, RELEASE},
     world::{PATIENCE, World},
 };
 
@@ -193,8 +193,18 @@ fn dies_at_once(
 fn stop_for_a_while(world: &World, wire: &Capture) -> Result<()> {
     const AT_ONCE: usize = 32;
     let deadline = Deadline::after(PATIENCE);
-    while wire.count(is_release) < 100 {
-        ensure!(!deadline.passed(), "no hundred RELEASEs");
+    // Only who has shown that he reads is waited for: until then there is but the rate.
+    let is_shown = |frame: &Frame| {
+        let dhcp = frame.dhcp();
+        dhcp.is_some_and(|dhcp| dhcp.kind() == Some(ACK) && dhcp.yiaddr.is_unspecified())
+    };
+    while wire.count(is_release) < 100 || wire.count(is_shown) == 0 {
+        ensure!(
+            !deadline.passed(),
+            "{} RELEASEs, {} answers to what came behind them",
+            wire.count(is_release),
+            wire.count(is_shown)
+        );
         sleep(Duration::from_millis(1));
     }
     world.server.freeze()?;
@@ -210,7 +220,7 @@ fn stop_for_a_while(world: &World, wire: &Capture) -> Result<()> {
     Ok(())
 }
 
-fn is_release(frame: &dhcp_reclaim_tests::wire::Frame) -> bool {
+fn is_release(frame: &Frame) -> bool {
     frame
         .dhcp()
         .is_some_and(|dhcp| dhcp.kind() == Some(RELEASE))

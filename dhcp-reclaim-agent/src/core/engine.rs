@@ -819,6 +819,8 @@ impl Engine {
                         "the server answered NAK".to_owned(),
                         now,
                     );
+                } else if !transaction.ambiguous {
+                    self.claim_refused(key, message.chaddr, transaction.at);
                 }
             }
             MessageType::Discover
@@ -1151,6 +1153,19 @@ impl Engine {
         } else {
             let reason = format!("a doubtful answer leases it to {}", message.chaddr);
             self.in_conflict(key, reason, now);
+        }
+    }
+
+    /// The server has refused the address to `mac`, which had asked for it: nothing is left of a conflict
+    /// that began with that, unless it asked in the owner's name.
+    fn claim_refused(&mut self, key: Key, mac: MacAddr, asked_at: Time) {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        let owner = binding.is_live() && binding.acked && binding.chaddr != mac;
+        if owner && matches!(binding.doubt, Some(Doubt::Conflict(at)) if at >= asked_at) {
+            binding.doubt = None;
+            self.save(key);
         }
     }
 

@@ -544,6 +544,26 @@ fn nothing_of_a_held_segment_is_released_until_all_was_looked_at_anew() {
 }
 
 #[test]
+fn a_claim_that_the_server_refuses_is_none() {
+    let nak = |bench: &Bench, mac: MacAddr| Message {
+        kind: MessageType::Nak,
+        yiaddr: None,
+        lease_secs: None,
+        ..bench.ack(OTHER_PORT, mac, IP)
+    };
+    let mut bench = settled();
+    // Two clients that boot at once are offered the same address.
+    bench.message(bench.request(OTHER_PORT, OTHER, IP));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.message(nak(&bench, OTHER));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+    // In its own name somebody else may have asked, or itself from another place.
+    bench.message(bench.request(OTHER_PORT, VM, IP));
+    bench.message(nak(&bench, VM));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+}
+
+#[test]
 fn the_more_there_are_the_less_often_each_is_looked_at() {
     let mut bench = Bench::new(Policy {
         silence: secs(2),
