@@ -107,8 +107,8 @@ lab_test! {
         })?;
         let (verdict, reason) = scene.agent.gate(gone, "settled")?;
         ensure!(verdict == "hold", "{reason}");
-        scene.world.node.add_bridge()?;
         let back = now();
+        scene.world.node.add_bridge()?;
         for port in [UPLINK, vm.name.as_str()] {
             netns.ip(&format!("link set {port} master {BRIDGE}"))?;
         }
