@@ -76,10 +76,11 @@ pub struct Lease {
     /// Option 54.
     pub server: Option<Ipv4Addr>,
     /// What is left of it, in seconds (option 51); all ones is for ever.
-    pub secs: Option<u32>,
+    pub secs: u32,
 }
 
-/// The lease that an answer tells of; `None`: of none, or of nobody.
+/// The lease that an answer tells of; `None`: of none, of nobody's, of one without an end, or it cannot
+/// be read whole. Nothing may be released of a lease that is over, nor with half a client-id.
 pub fn lease(bytes: &[u8]) -> Option<Lease> {
     let Ok(Reply {
         ip,
@@ -89,15 +90,25 @@ pub fn lease(bytes: &[u8]) -> Option<Lease> {
     else {
         return None;
     };
-    let options = bytes.get(HEADER..)?;
-    let four = |code| -> Option<[u8; 4]> { option(options, code)?.try_into().ok() };
-    let client_id = option(options, 61).filter(|id| !id.is_empty());
+    let options = whole(bytes.get(HEADER..)?)?;
+    let times = |code| options.iter().filter(|(is, _)| *is == code).count();
+    // There is more of it in other fields (RFC 2132 section 9.3), or in another piece (RFC 3396).
+    if times(52) > 0 || [51, 54, 61].into_iter().any(|code| times(code) > 1) {
+        return None;
+    }
+    let value = |code| {
+        let found = options.iter().find(|(is, _)| *is == code);
+        found.map(|(_, value)| *value)
+    };
+    let four = |code| -> Option<[u8; 4]> { value(code)?.try_into().ok() };
+    let nobodys = |ip: &Ipv4Addr| ip.is_unspecified() || ip.is_broadcast() || ip.is_multicast();
+    let client_id = value(61).filter(|id| !id.is_empty());
     Some(Lease {
         ip,
         mac,
         client_id: client_id.map(<[u8]>::to_vec),
-        server: four(54).map(Ipv4Addr::from),
-        secs: four(51).map(u32::from_be_bytes),
+        server: four(54).map(Ipv4Addr::from).filter(|ip| !nobodys(ip)),
+        secs: four(51).map(u32::from_be_bytes)?,
     })
 }
 
@@ -113,6 +124,23 @@ fn option(mut options: &[u8], wanted: u8) -> Option<&[u8]> {
                     return rest.get(..length);
                 }
                 options = rest.get(length..)?;
+            }
+        }
+    }
+}
+
+/// All options up to the end; `None` if one is cut off.
+fn whole(mut options: &[u8]) -> Option<Vec<(u8, &[u8])>> {
+    let mut all = Vec::new();
+    loop {
+        match options {
+            [] | [255, ..] => return Some(all),
+            [0, rest @ ..] => options = rest,
+            [_] => return None,
+            [code, length, rest @ ..] => {
+                let (value, rest) = rest.split_at_checked(usize::from(*length))?;
+                all.push((*code, value));
+                options = rest;
             }
         }
     }
@@ -212,25 +240,61 @@ mod tests {
         assert_eq!(option(&bytes[240..], 61), None, "not asked by it");
     }
 
-    #[test]
-    fn reads_a_lease_and_what_is_missing_of_it() {
+    /// DHCPLEASEACTIVE for a minute, with these options.
+    fn active(options: &[u8]) -> Vec<u8> {
         let mut bytes = reply(13, 1, 6);
-        let plain = lease(&bytes).unwrap();
-        assert_eq!((plain.ip, plain.secs, plain.server), (IP, None, None));
         bytes.truncate(243);
-        bytes.extend([51, 4, 0, 0, 1, 0, 54, 4, 10, 0, 0, 1, 61, 2, 0, 7]);
-        let whole = lease(&bytes).unwrap();
-        assert_eq!(whole.mac, MacAddr([2, 0, 0, 0, 0, 9]));
-        assert_eq!(whole.secs, Some(256));
+        bytes.extend([51, 4, 0, 0, 0, 60]);
+        bytes.extend(options);
+        bytes
+    }
+
+    #[test]
+    fn reads_a_lease() {
+        let mac = MacAddr([2, 0, 0, 0, 0, 9]);
+        let plain = lease(&active(&[])).unwrap();
+        assert_eq!((plain.ip, plain.mac, plain.secs), (IP, mac, 60));
+        assert_eq!((plain.server, plain.client_id), (None, None));
+        let whole = [
+            0, 54, 4, 10, 0, 0, 1, 91, 4, 0, 0, 0, 1, 61, 2, 0, 7, 255, 61, 9,
+        ];
+        let whole = lease(&active(&whole)).unwrap();
         assert_eq!(whole.server, Some(Ipv4Addr::new(10, 0, 0, 1)));
         assert_eq!(whole.client_id.as_deref(), Some(&[0, 7][..]));
-        // Cut off, and of a wrong length.
-        bytes.pop();
-        assert_eq!(lease(&bytes).unwrap().client_id, None);
-        bytes[244] = 3;
-        assert_eq!(lease(&bytes).unwrap().secs, None);
+        let long = [&[61, 255][..], &[7; 255]].concat();
+        let long = lease(&active(&long)).unwrap();
+        assert_eq!(long.client_id, Some(vec![7; 255]));
+    }
+
+    #[test]
+    fn what_it_does_not_say_is_not_made_up() {
+        // A server of its own name, and of none.
+        for server in [[0; 4], [255; 4], [224, 0, 0, 1]] {
+            let options = [&[54, 4][..], &server].concat();
+            assert_eq!(lease(&active(&options)).unwrap().server, None);
+        }
+        assert_eq!(lease(&active(&[54, 3, 10, 0, 0])).unwrap().server, None);
+        assert_eq!(lease(&active(&[61, 0])).unwrap().client_id, None);
+        for (why, options) in [
+            ("cut off", &[61, 3, 0, 7][..]),
+            ("without a length", &[61]),
+            ("in two pieces", &[61, 1, 0, 61, 1, 7]),
+            ("two ends", &[51, 4, 0, 0, 0, 61]),
+            ("elsewhere, too", &[52, 1, 1]),
+        ] {
+            assert_eq!(lease(&active(options)), None, "{why}");
+        }
+        let mut endless = active(&[]);
+        endless.truncate(243);
+        assert_eq!(lease(&endless), None, "no end is told");
+        endless.extend([51, 3, 0, 0, 1]);
+        assert_eq!(lease(&endless), None, "nor is this one");
         assert_eq!(lease(&reply(11, 1, 6)), None, "unassigned");
+        assert_eq!(lease(&reply(12, 1, 6)), None, "unknown");
         assert_eq!(lease(&reply(13, 1, 0)), None, "whose?");
+        let mut group = active(&[]);
+        group[28] = 3;
+        assert_eq!(lease(&group), None, "no station's");
     }
 
     #[test]
@@ -258,8 +322,10 @@ mod tests {
             let mut bytes = reply(13, 1, 6);
             bytes.truncate(240);
             bytes.extend(options);
-            let _refused = answer(&bytes);
-            let _refused = lease(&bytes);
+            let read = answer(&bytes);
+            if let Some(lease) = lease(&bytes) {
+                prop_assert_eq!(read.map(|reply| reply.answer), Ok(QueryAnswer::Active(Some(lease.mac))));
+            }
         }
     }
 }
