@@ -122,10 +122,7 @@ impl Agent {
             client_id: lease.client_id,
             server: Some(server),
             server_mac,
-            expires: lease.secs.and_then(|secs| match secs {
-                u32::MAX => None,
-                secs => Some(now + Duration::from_secs(secs.into())),
-            }),
+            expires: (lease.secs != u32::MAX).then(|| now + Duration::from_secs(lease.secs.into())),
         };
         let count = self.engine.import(vec![import], now);
         self.census.found += count.taken;
