@@ -25,7 +25,7 @@ const BETWEEN: Duration = Duration::from_secs(30);
 /// A guest can send in any number of names.
 const MACS_PER_PORT: usize = 16;
 const MACS: usize = 16_384;
-/// Questions at once: a server is not to be stormed.
+/// Questions on their way: a server is not to be stormed, and those about RELEASEs find room.
 const AT_ONCE: usize = 32;
 
 #[derive(Debug, Default)]
@@ -55,7 +55,8 @@ impl Agent {
             self.census.next = Some(now + BETWEEN);
             self.look_for_macs().await;
         }
-        for _ in 0..AT_ONCE {
+        let room = AT_ONCE.saturating_sub(self.queries.about_macs());
+        for _ in 0..room {
             let Some((segment, mac, server)) = self.census.waiting.pop_front() else {
                 break;
             };

@@ -71,6 +71,12 @@ impl About {
 }
 
 impl Queries {
+    /// Open questions about what MACs lease.
+    pub(super) fn about_macs(&self) -> usize {
+        let about_macs = |asked: &&Asked| matches!(asked.about, About::Mac(..));
+        self.open.values().filter(about_macs).count()
+    }
+
     /// Waits for an answer; for ever while no question is open.
     pub(super) async fn readable(&self) {
         let sockets = self.sockets.values().map(|s| Box::pin(s.readable()));
