@@ -200,9 +200,10 @@ impl Memory {
         }
     }
 
-    /// What is written from now on has been told that the host was suspended for so long, in all.
-    pub(super) fn set_suspended(&mut self, suspended: Duration) {
-        self.suspended = suspended;
+    /// What is written from now on has been told that the host was suspended for `total`. Returns how
+    /// much of it is new.
+    pub(super) fn suspended_since(&mut self, total: Duration) -> Duration {
+        total.saturating_sub(std::mem::replace(&mut self.suspended, total))
     }
 
     fn is_clean(&self) -> bool {

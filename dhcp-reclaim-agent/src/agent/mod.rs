@@ -128,8 +128,6 @@ struct Agent {
     started_at: jiff::Timestamp,
     /// When the loop turned last, by the clock that goes on in a suspended host.
     turned_at: Time,
-    /// For how long the host had been suspended by then, in all.
-    suspended: Duration,
 }
 
 #[derive(Debug)]
@@ -216,7 +214,6 @@ impl Agent {
             memory: Memory::new(store, Trail::new(&settings.state), boot),
             started_at: clock::wall(),
             turned_at: clock::boottime(),
-            suspended: clock::suspended(),
             ports,
             link,
             socket,
@@ -404,10 +401,7 @@ impl Agent {
     pub(super) async fn turn(&mut self) {
         let now = clock::boottime();
         let slept = now.since(std::mem::replace(&mut self.turned_at, now));
-        let suspended = clock::suspended();
-        let before = std::mem::replace(&mut self.suspended, suspended);
-        let suspended = suspended.saturating_sub(before);
-        self.memory.set_suspended(self.suspended);
+        let suspended = self.memory.suspended_since(clock::suspended());
         // However short a suspension is, leases went on meanwhile, and more may follow.
         if slept > OVERSLEPT || suspended > SUSPENDED {
             warn!(

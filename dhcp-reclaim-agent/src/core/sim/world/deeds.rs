@@ -226,12 +226,7 @@ impl World {
             Kind::Migrate if running && alone && self.calm(vm) => self.migrate(vm, &mut rng),
             Kind::GuestRelease if running && self.calm(vm) => self.guest_gives_up(vm, &mut rng),
             Kind::CutUplink | Kind::DetachUplink => {
-                // Two cuts within one hold-down could hide a VM from both sides in turn.
-                let apart = self
-                    .nodes
-                    .iter()
-                    .all(|node| self.now >= node.cut_until.max(node.flat_until) + secs(600));
-                if !apart || !self.calm_node(node) {
+                if !self.is_apart() || !self.calm_node(node) {
                     return;
                 }
                 let duration = rng.millis(500, 60_000);
@@ -318,15 +313,17 @@ impl World {
         }
     }
 
+    /// Long after any cut: two within one hold-down could hide a VM from both sides in turn.
+    fn is_apart(&self) -> bool {
+        let shut = |node: &Node| node.shut_until() + secs(600);
+        self.nodes.iter().all(|node| self.now >= shut(node))
+    }
+
     /// Its bridge is deleted and made again by scripts, or only set down and up.
     fn flap_bridge(&mut self, node: usize, rng: &mut Rng) {
-        // As for uplinks: nobody who has just moved depends on it, and the other way was open.
-        let apart = self
-            .nodes
-            .iter()
-            .all(|node| self.now >= node.cut_until.max(node.flat_until) + secs(600));
+        // As for uplinks: nobody who has just moved depends on it.
         let elsewhere = self.nodes.len() > 1;
-        if !apart || self.asleep(node) || (elsewhere && !self.calm_node(node)) {
+        if !self.is_apart() || self.asleep(node) || (elsewhere && !self.calm_node(node)) {
             return;
         }
         let duration = rng.millis(100, 30_000);

@@ -133,8 +133,7 @@ impl World {
         let state = &self.nodes[node];
         let clone =
             it.mac != release.chaddr && it.client_id.is_some() && it.client_id == release.client_id;
-        let shut = |node: &Node| node.cut_until.max(node.flat_until);
-        let cut = shut(state).max(shut(&self.nodes[it.node]));
+        let cut = state.shut_until().max(self.nodes[it.node].shut_until());
         let asleep = state.asleep_until.max(self.nodes[it.node].asleep_until);
         let quiet = it.still_until.max(cut).max(asleep);
         // On one host only the MAC of the dead is asked.

@@ -739,7 +739,7 @@ impl World {
 
     /// Frames cross the node's uplink, and its bridge.
     fn open(&self, node: usize) -> bool {
-        self.hears(node) && self.now >= self.nodes[node].flat_until
+        self.now >= self.nodes[node].shut_until()
     }
 
     /// What comes in by the uplink is seen there, whether or not the bridge takes it.
@@ -749,6 +749,11 @@ impl World {
 }
 
 impl Node {
+    /// By its uplink being cut, or its bridge gone or down.
+    fn shut_until(&self) -> Time {
+        self.cut_until.max(self.flat_until)
+    }
+
     fn stood_still(&self) -> Duration {
         self.suspended.iter().map(|(_, length)| *length).sum()
     }
