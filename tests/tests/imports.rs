@@ -176,6 +176,30 @@ lab_test! {
         agent.stop()
     }
 
+    fn a_server_that_was_silent_is_asked_again() {
+        let pool = Pool {
+            leasequery: true,
+            ..Pool::small(6)
+        };
+        let world = World::with_pool(ServerKind::Isc, Place::Remote, pool)?;
+        world.node.netns.ip(&format!("addr add 10.67.0.2/24 dev {BRIDGE}"))?;
+        let vms = living(&world, 1)?;
+        let (vm, ip) = vms.first().context("no VM")?;
+        vm.ping(SERVER_IP)?;
+        world.server.freeze()?;
+        let server = SERVER_IP.to_string();
+        let agent = world.agent(Hook::Tc).quick().args(&["--ask-server", &server]).start()?;
+        agent.until("a question without an answer", PATIENCE, |agent| {
+            Ok((agent.counter("agent.leases_unanswered")? > 0).then_some(()))
+        })?;
+        ensure!(agent.counter("agent.leases_told")? == 0, "{}", agent.log());
+        world.server.thaw()?;
+        let bound = agent.wait_event("bound", *ip, PATIENCE);
+        let bound = bound.with_context(|| format!("{}{}", agent.log(), world.server.log()))?;
+        ensure!(bound.port.as_deref() == Some(vm.name.as_str()), "{bound:?}");
+        agent.stop()
+    }
+
     fn what_was_imported_and_never_seen_is_never_released() {
         let world = World::new(ServerKind::Dnsmasq, Place::Local, 6)?;
         let mut vms = living(&world, 2)?;

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use tracing::{debug, info};
+use tracing::{info, warn};
 
 use super::{Agent, chain};
 use crate::{
@@ -20,13 +20,16 @@ use crate::{
 };
 
 /// A quiet VM's MAC is in the bridge's table once it speaks: a few looks, and no more.
-const LOOKS: u8 = 10;
-const BETWEEN: Duration = Duration::from_secs(30);
+const LOOKS: u8 = 30;
+const BETWEEN: Duration = Duration::from_secs(10);
 /// A guest can send in any number of names.
 const MACS_PER_PORT: usize = 16;
 const MACS: usize = 16_384;
 /// Questions on their way: a server is not to be stormed, and those about RELEASEs find room.
 const AT_ONCE: usize = 32;
+
+/// Who is asked for what a MAC of a bridge leases.
+type Question = (SegmentId, MacAddr, Ipv4Addr);
 
 #[derive(Debug, Default)]
 pub(super) struct Census {
@@ -35,11 +38,23 @@ pub(super) struct Census {
     /// Those that were asked for, or are to be.
     known: BTreeSet<(SegmentId, MacAddr)>,
     by_port: BTreeMap<IfIndex, usize>,
-    waiting: VecDeque<(SegmentId, MacAddr, Ipv4Addr)>,
+    waiting: VecDeque<Question>,
+    /// Not sent, or not answered: they are asked again at the next look, if there is one.
+    again: Vec<Question>,
+    /// Questions not sent or not answered, each time anew.
+    pub(super) unanswered: u64,
+    told: bool,
     /// MACs that nobody was asked for: one port has too many, or all together.
     pub(super) refused: u64,
     pub(super) asked: u64,
     pub(super) found: u64,
+}
+
+impl Census {
+    pub(super) fn ask_again(&mut self, question: Question) {
+        self.unanswered += 1;
+        self.again.push(question);
+    }
 }
 
 impl Agent {
@@ -62,16 +77,26 @@ impl Agent {
             };
             self.census.asked += 1;
             if let Err(why) = self.ask_for_mac(segment, mac, server).await {
-                debug!(%server, %mac, why, "cannot ask for its lease");
+                if !std::mem::replace(&mut self.census.told, true) {
+                    warn!(%server, %mac, why, "cannot ask the server for leases");
+                }
+                self.census.ask_again((segment, mac, server));
             }
         }
     }
 
     async fn look_for_macs(&mut self) {
+        let Census { again, waiting, .. } = &mut self.census;
+        let engine = &self.engine;
+        waiting.extend(
+            again
+                .drain(..)
+                .filter(|(segment, mac, _)| !engine.knows(*segment, *mac)),
+        );
         let learned = match learned_macs().await {
             Ok(learned) => learned,
             Err(error) => {
-                debug!(error = %chain(&error), "what the bridges have learned is not known");
+                warn!(error = %chain(&error), "what the bridges have learned is not known");
                 return;
             }
         };

@@ -1095,6 +1095,7 @@ impl Agent {
             ("leases_asked_for", self.census.asked),
             ("leases_told", self.census.found),
             ("leases_not_asked_for", self.census.refused),
+            ("leases_unanswered", self.census.unanswered),
             ("soundings_failed", self.soundings.failed),
             ("link_resyncs", self.ports.resyncs()),
             ("link_messages_malformed", self.ports.malformed()),

@@ -192,7 +192,8 @@ impl Agent {
                         && asked.about.segment() == *segment
                         && from == SocketAddr::from((asked.server, PORT))
                 });
-                let asked = open.remove(&reply.xid).filter(|_| ours);
+                // What does not fit closes no question: the answer may still come.
+                let asked = if ours { open.remove(&reply.xid) } else { None };
                 let Some(Asked { about, server, .. }) = asked else {
                     *refused += 1;
                     continue;
@@ -222,6 +223,11 @@ impl Agent {
     /// Gives up on what nobody answered.
     pub(super) async fn expire_queries(&mut self) {
         let now = clock::monotonic();
+        if self.queries.open.values().all(|asked| asked.until > now) {
+            return;
+        }
+        // An answer that waited for us has come in time.
+        self.read_answers().await;
         let late = self
             .queries
             .open
@@ -229,8 +235,12 @@ impl Agent {
         let late: Vec<Asked> = late.map(|(_, asked)| asked).collect();
         self.close_idle();
         for Asked { about, server, .. } in late {
-            let About::Address(key) = about else {
-                continue;
+            let key = match about {
+                About::Address(key) => key,
+                About::Mac(segment, mac) => {
+                    self.census.ask_again((segment, mac, server));
+                    continue;
+                }
             };
             let answer = QueryAnswer::Silence;
             self.tell(Event::Queried {
