@@ -19,7 +19,7 @@ use crate::{
     ports::{learned_macs, neighbour},
 };
 
-/// A quiet VM's MAC is in the bridge's table once it speaks: a few looks, and no more.
+/// A quiet VM's MAC is in the bridge's table once it speaks: looks for five minutes, and no more.
 const LOOKS: u8 = 30;
 const BETWEEN: Duration = Duration::from_secs(10);
 /// A guest can send in any number of names.
