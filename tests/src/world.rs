@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     agent::{Hook, Setup},
-    fixture::vm_mac,
+    fixture::{BRIDGE, vm_mac},
     node::Node,
     server::{Place, Pool, Server, ServerKind},
     vm::{Client, Vm},
@@ -51,6 +51,20 @@ impl World {
             args,
         )?;
         Ok(Self { node, server })
+    }
+
+    /// A server elsewhere that tells what leases it has, and a node with an address to ask it from.
+    pub fn with_a_server_to_ask() -> Result<Self> {
+        let pool = Pool {
+            leasequery: true,
+            ..Pool::small(6)
+        };
+        let world = Self::with_pool(ServerKind::Isc, Place::Remote, pool)?;
+        world
+            .node
+            .netns
+            .ip(&format!("addr add 10.67.0.2/24 dev {BRIDGE}"))?;
+        Ok(world)
     }
 
     /// An agent for this world, not started yet.

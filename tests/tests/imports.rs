@@ -14,7 +14,7 @@ use dhcp_reclaim_tests::{
     fixture::{BRIDGE, LEASE_SECONDS, Mac, NIC, SERVER_IP, SERVER_MAC, pool_ip, vm_mac},
     lab_test,
     sandbox::DIR,
-    server::{Place, Pool, ServerKind},
+    server::{Place, ServerKind},
     vm::{KillKind, Vm},
     wire::{Capture, DISCOVER, RELEASE, REQUEST},
     world::{PATIENCE, World},
@@ -31,20 +31,6 @@ fn living(world: &World, count: u8) -> Result<Vec<(Vm, Ipv4Addr)>> {
         vms.push((vm, ip));
     }
     Ok(vms)
-}
-
-/// A server that answers lease queries, and a bridge with an address to ask it from.
-fn with_a_server_to_ask() -> Result<World> {
-    let pool = Pool {
-        leasequery: true,
-        ..Pool::small(6)
-    };
-    let world = World::with_pool(ServerKind::Isc, Place::Remote, pool)?;
-    world
-        .node
-        .netns
-        .ip(&format!("addr add 10.67.0.2/24 dev {BRIDGE}"))?;
-    Ok(world)
 }
 
 /// The server's own file; of libvirt, what its helper would have written.
@@ -144,7 +130,7 @@ lab_test! {
 
     /// It is asked by the MACs that the bridge has learned; the VMs say nothing of DHCP.
     fn a_server_that_is_asked_tells_of_leases_that_were_there() {
-        let world = with_a_server_to_ask()?;
+        let world = World::with_a_server_to_ask()?;
         let mut vms = living(&world, 3)?;
         for (vm, _) in &vms {
             vm.ping(SERVER_IP)?;
@@ -186,7 +172,7 @@ lab_test! {
     }
 
     fn a_server_that_was_silent_is_asked_again() {
-        let world = with_a_server_to_ask()?;
+        let world = World::with_a_server_to_ask()?;
         let vms = living(&world, 1)?;
         let (vm, ip) = vms.first().context("no VM")?;
         vm.ping(SERVER_IP)?;

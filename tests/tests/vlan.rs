@@ -1,8 +1,9 @@
 //! Bridges that filter VLANs: what a port's frames are tagged with depends on the port.
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
+    agent::Hook,
     fixture::{BRIDGE, Mac, NIC, SERVER_IP, UPLINK, vm_mac},
     forge::{BROADCAST_MAC, Nic, arp},
     lab_test,
@@ -170,6 +171,35 @@ lab_test! {
         })?;
         vm.ping(SERVER_IP)?;
         scene.dies(&mut vm, ip)
+    }
+
+    /// The bridge's own address is on its default VLAN: from there its server is asked, and a file's
+    /// leases are there too.
+    fn leases_that_were_there_first_are_on_the_bridges_own_vlan() {
+        let world = World::with_a_server_to_ask()?;
+        if filter_vlans(&world.node.netns, "vlan_filtering 1").is_err() {
+            return skip(NOT_HERE);
+        }
+        let mut vm = world.boot(1)?;
+        let ip = vm.wait_lease(PATIENCE)?;
+        // On a VLAN where nobody can be asked.
+        let mut elsewhere = world.boot(2)?;
+        elsewhere.wait_lease(PATIENCE)?;
+        only(&world.node.netns, &elsewhere.name, "pvid untagged")?;
+        elsewhere.send_traffic(SERVER_IP, Duration::from_millis(100))?;
+        vm.ping(SERVER_IP)?;
+        let server = SERVER_IP.to_string();
+        let agent = world.agent(Hook::Tc).quick().args(&["--ask-server", &server]).start()?;
+        let bound = agent.wait_event("bound", ip, PATIENCE);
+        bound.with_context(|| format!("{}{}", agent.log(), world.server.log()))?;
+        let binding = agent.binding(ip)?.context("no binding")?;
+        ensure!(binding.rest["vlan"] == 1 && binding.rest["origin"] == "imported", "{binding:?}");
+        agent.until("one that is not asked for", PATIENCE, |agent| {
+            Ok((agent.counter("agent.leases_not_asked_for")? > 0).then_some(()))
+        })?;
+        vm.kill(KillKind::PortDeleted)?;
+        world.server.wait_gone(ip, PATIENCE)?;
+        agent.stop()
     }
 
     /// By 802.1ad tags: not followed, so nothing is released until that ends.

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use super::{Agent, chain};
 use crate::{
     clock,
-    core::{IfIndex, Import, Key, MacAddr, Role, SegmentId, Time},
+    core::{IfIndex, Import, Key, MacAddr, Role, SegmentId, Time, Vlan},
     packet::leasequery::Lease,
     ports::{learned_macs, neighbour},
 };
@@ -25,11 +25,17 @@ const BETWEEN: Duration = Duration::from_secs(10);
 /// A guest can send in any number of names.
 const MACS_PER_PORT: usize = 16;
 const MACS: usize = 16_384;
-/// Questions on their way: a server is not to be stormed, and those about RELEASEs find room.
+/// Questions on their way to one server: it is not to be stormed, and those about RELEASEs find room.
 const AT_ONCE: usize = 32;
 
 /// Who is asked for what a MAC of a bridge leases.
-type Question = (SegmentId, MacAddr, Ipv4Addr);
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Question {
+    pub(super) segment: SegmentId,
+    pub(super) vlan: Vlan,
+    pub(super) mac: MacAddr,
+    pub(super) server: Ipv4Addr,
+}
 
 #[derive(Debug, Default)]
 pub(super) struct Census {
@@ -38,19 +44,26 @@ pub(super) struct Census {
     /// Those that were asked for, or are to be.
     known: BTreeSet<(SegmentId, MacAddr)>,
     by_port: BTreeMap<IfIndex, usize>,
-    waiting: VecDeque<Question>,
+    /// By the server: one that never answers is no reason to keep another waiting.
+    waiting: BTreeMap<Ipv4Addr, VecDeque<Question>>,
     /// Not sent, or not answered: they are asked again at the next look, if there is one.
     again: Vec<Question>,
     /// Questions not sent or not answered, each time anew.
     pub(super) unanswered: u64,
     told: bool,
-    /// MACs that nobody was asked for: one port has too many, or all together.
+    /// MACs that nobody was asked for, at the look that found most of them: one port has too many, or
+    /// all together, or the bridge's own address is on another VLAN.
     pub(super) refused: u64,
     pub(super) asked: u64,
     pub(super) found: u64,
 }
 
 impl Census {
+    fn wait(&mut self, question: Question) {
+        let waiting = self.waiting.entry(question.server).or_default();
+        waiting.push_back(question);
+    }
+
     pub(super) fn ask_again(&mut self, question: Question) {
         self.unanswered += 1;
         self.again.push(question);
@@ -70,29 +83,29 @@ impl Agent {
             self.census.next = Some(now + BETWEEN);
             self.look_for_macs().await;
         }
-        let room = AT_ONCE.saturating_sub(self.queries.about_macs());
-        for _ in 0..room {
-            let Some((segment, mac, server)) = self.census.waiting.pop_front() else {
-                break;
-            };
+        let mut next = Vec::new();
+        for (server, waiting) in &mut self.census.waiting {
+            let room = AT_ONCE.saturating_sub(self.queries.about_macs(*server));
+            next.extend(waiting.drain(..room.min(waiting.len())));
+        }
+        for question in next {
             self.census.asked += 1;
-            if let Err(why) = self.ask_for_mac(segment, mac, server).await {
+            if let Err(why) = self.ask_for_mac(question).await {
+                let Question { server, mac, .. } = question;
                 if !std::mem::replace(&mut self.census.told, true) {
                     warn!(%server, %mac, why, "cannot ask the server for leases");
                 }
-                self.census.ask_again((segment, mac, server));
+                self.census.ask_again(question);
             }
         }
     }
 
     async fn look_for_macs(&mut self) {
-        let Census { again, waiting, .. } = &mut self.census;
-        let engine = &self.engine;
-        waiting.extend(
-            again
-                .drain(..)
-                .filter(|(segment, mac, _)| !engine.knows(*segment, *mac)),
-        );
+        for question in std::mem::take(&mut self.census.again) {
+            if !self.engine.knows(question.segment, question.mac) {
+                self.census.wait(question);
+            }
+        }
         let learned = match learned_macs().await {
             Ok(learned) => learned,
             Err(error) => {
@@ -100,7 +113,8 @@ impl Agent {
                 return;
             }
         };
-        for (port, mac) in learned {
+        let mut refused = 0;
+        for (port, vlan, mac) in learned {
             let vms = |it: &&super::Watched| it.port.role == Role::Vm;
             let Some(segment) = self
                 .watched
@@ -110,26 +124,40 @@ impl Agent {
             else {
                 continue;
             };
+            // The tables of bridges that filter no VLANs name none.
+            let own = self.own_vlan(segment);
             let census = &mut self.census;
             if self.engine.knows(segment, mac) || census.known.contains(&(segment, mac)) {
                 continue;
             }
             let of_port = census.by_port.entry(port).or_default();
-            if *of_port >= MACS_PER_PORT || census.known.len() >= MACS {
-                census.refused += 1;
+            let too_many = *of_port >= MACS_PER_PORT || census.known.len() >= MACS;
+            if too_many || own != Some(vlan) {
+                refused += 1;
                 continue;
             }
             *of_port += 1;
             census.known.insert((segment, mac));
-            let servers = self.settings.ask_servers.iter();
-            census
-                .waiting
-                .extend(servers.map(|server| (segment, mac, *server)));
+            for server in &self.settings.ask_servers {
+                census.wait(Question {
+                    segment,
+                    vlan,
+                    mac,
+                    server: *server,
+                });
+            }
         }
+        self.census.refused = self.census.refused.max(refused);
     }
 
     /// A server has said what `mac` leases.
-    pub(super) async fn lease_told(&mut self, segment: SegmentId, server: Ipv4Addr, lease: Lease) {
+    pub(super) async fn lease_told(
+        &mut self,
+        segment: SegmentId,
+        vlan: Vlan,
+        server: Ipv4Addr,
+        lease: Lease,
+    ) {
         let now = clock::monotonic();
         let server = lease.server.unwrap_or(server);
         let bridge = self.segments.bridge(segment).map(|bridge| bridge.ifindex);
@@ -141,7 +169,7 @@ impl Agent {
         let import = Import {
             key: Key {
                 segment,
-                vlan: 0,
+                vlan,
                 ip: lease.ip,
             },
             chaddr: lease.mac,

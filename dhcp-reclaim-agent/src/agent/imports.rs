@@ -51,6 +51,11 @@ impl Agent {
 
     fn import(&mut self, request: ImportRequest) -> Result<ImportView, PlaceError> {
         let segment = self.import_segment(request.bridge.as_deref())?;
+        // Untagged where the bridge's own address is: its VLAN, if it tells VLANs apart.
+        let vlan = match request.vlan {
+            0 => self.own_vlan(segment).unwrap_or(0),
+            named => named,
+        };
         let clocks = Clocks::now();
         let told = request.leases.len();
         let imports: Vec<Import> = request
@@ -64,7 +69,7 @@ impl Agent {
                 Some(Import {
                     key: Key {
                         segment,
-                        vlan: request.vlan,
+                        vlan,
                         ip: lease.ip,
                     },
                     chaddr: lease.mac,

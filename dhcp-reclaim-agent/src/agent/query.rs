@@ -12,10 +12,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 use tracing::debug;
 
-use super::{Agent, chain, draw_xid};
+use super::{Agent, census::Question, chain, draw_xid};
 use crate::{
     clock,
-    core::{Event, IfIndex, Key, MacAddr, Query, QueryAnswer, SegmentId, Time},
+    core::{Event, IfIndex, Key, MacAddr, Query, QueryAnswer, SegmentId, Time, Vlan},
     packet::leasequery::{self, Reply},
 };
 
@@ -47,14 +47,14 @@ enum About {
     /// What became of the RELEASE of an address.
     Address(Key),
     /// What a MAC leases.
-    Mac(SegmentId, MacAddr),
+    Mac(SegmentId, Vlan, MacAddr),
 }
 
 impl About {
     fn segment(self) -> SegmentId {
         match self {
             Self::Address(key) => key.segment,
-            Self::Mac(segment, _) => segment,
+            Self::Mac(segment, ..) => segment,
         }
     }
 
@@ -62,7 +62,7 @@ impl About {
         match self {
             Self::Address(key) => key.ip == reply.ip,
             // Who has no lease may be named or not.
-            Self::Mac(_, mac) => match reply.answer {
+            Self::Mac(.., mac) => match reply.answer {
                 QueryAnswer::Active(named) => named == Some(mac),
                 _ => true,
             },
@@ -71,9 +71,10 @@ impl About {
 }
 
 impl Queries {
-    /// Open questions about what MACs lease.
-    pub(super) fn about_macs(&self) -> usize {
-        let about_macs = |asked: &&Asked| matches!(asked.about, About::Mac(..));
+    /// Open questions to this server about what MACs lease.
+    pub(super) fn about_macs(&self, server: Ipv4Addr) -> usize {
+        let about_macs =
+            |asked: &&Asked| asked.server == server && matches!(asked.about, About::Mac(..));
         self.open.values().filter(about_macs).count()
     }
 
@@ -109,28 +110,32 @@ impl Agent {
     }
 
     async fn ask(&mut self, key: Key, query: Query) -> Result<(), String> {
-        if query.vlan != 0 {
-            return Err("the bridge itself has no address on a VLAN".to_owned());
-        }
-        self.put(About::Address(key), query.server).await
+        self.put(About::Address(key), query.vlan, query.server)
+            .await
     }
 
     /// Asks what a MAC leases; the answer comes to [`Self::lease_told`].
     pub(super) async fn ask_for_mac(
         &mut self,
-        segment: SegmentId,
-        mac: MacAddr,
-        server: Ipv4Addr,
+        Question {
+            segment,
+            vlan,
+            mac,
+            server,
+        }: Question,
     ) -> Result<(), String> {
-        self.put(About::Mac(segment, mac), server).await
+        self.put(About::Mac(segment, vlan, mac), vlan, server).await
     }
 
-    async fn put(&mut self, about: About, server: Ipv4Addr) -> Result<(), String> {
+    async fn put(&mut self, about: About, vlan: Vlan, server: Ipv4Addr) -> Result<(), String> {
         if self.queries.open.len() >= OPEN {
             return Err("too many are open".to_owned());
         }
         let segment = about.segment();
         let bridge = self.segments.bridge(segment).ok_or("no bridge")?;
+        if self.own_vlan(segment) != Some(vlan) {
+            return Err("the bridge's own address is on another VLAN".to_owned());
+        }
         let networks = self.addresses.of(bridge.ifindex).await;
         let networks = networks.map_err(|error| chain(&error))?;
         if networks.iter().any(|(own, _)| *own == server) {
@@ -140,7 +145,7 @@ impl Agent {
         let xid = draw_xid().ok_or("no random numbers")?;
         let payload = match about {
             About::Address(key) => leasequery::query(key.ip, from, xid),
-            About::Mac(_, mac) => leasequery::query_mac(mac, from, xid),
+            About::Mac(.., mac) => leasequery::query_mac(mac, from, xid),
         };
         let payload = payload.ok_or("it cannot be encoded")?;
         let socket = match self.queries.sockets.entry(segment) {
@@ -204,9 +209,9 @@ impl Agent {
                         server,
                         answer: reply.answer,
                     }),
-                    About::Mac(segment, _) => {
+                    About::Mac(segment, vlan, _) => {
                         let lease = buffer.get(..length).and_then(leasequery::lease);
-                        leases.extend(lease.map(|lease| (segment, server, lease)));
+                        leases.extend(lease.map(|lease| (segment, vlan, server, lease)));
                     }
                 }
             }
@@ -215,8 +220,8 @@ impl Agent {
         for answer in answers {
             self.tell(answer).await;
         }
-        for (segment, server, lease) in leases {
-            self.lease_told(segment, server, lease).await;
+        for (segment, vlan, server, lease) in leases {
+            self.lease_told(segment, vlan, server, lease).await;
         }
     }
 
@@ -237,8 +242,13 @@ impl Agent {
         for Asked { about, server, .. } in late {
             let key = match about {
                 About::Address(key) => key,
-                About::Mac(segment, mac) => {
-                    self.census.ask_again((segment, mac, server));
+                About::Mac(segment, vlan, mac) => {
+                    self.census.ask_again(Question {
+                        segment,
+                        vlan,
+                        mac,
+                        server,
+                    });
                     continue;
                 }
             };

@@ -114,6 +114,7 @@ impl Agent {
         if self.soundings.open.len() + self.soundings.local.len() >= OPEN {
             return Err("too many are open".to_owned());
         }
+        let own_vlan = self.own_vlan(sounding.segment);
         let bridge = self.segments.bridge(sounding.segment).ok_or("no bridge")?;
         let networks = self.addresses.of(bridge.ifindex).await;
         let networks = networks.map_err(|error| chain(&error))?;
@@ -129,8 +130,8 @@ impl Agent {
             self.soundings.local.insert(server, look);
             return Ok(());
         }
-        if sounding.vlan != 0 {
-            return Err("the bridge itself has no address on a VLAN".to_owned());
+        if own_vlan != Some(sounding.vlan) {
+            return Err("the bridge's own address is on another VLAN".to_owned());
         }
         // Of a network that the server serves: some versions of Kea do not survive to be asked from
         // another one (CVE-2025-40779).

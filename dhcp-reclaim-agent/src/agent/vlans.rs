@@ -43,6 +43,18 @@ impl PortVlans {
             Some(VlanFiltering::Service | VlanFiltering::Off) | None => 0,
         }
     }
+
+    /// The VLAN of what the bridge itself sends and hears without a tag, as its own address does; zero
+    /// where VLANs are not told apart, `None` if it has no such VLAN.
+    fn own(&self, bridge: IfIndex) -> Option<Vlan> {
+        match self.filtering.get(&bridge) {
+            Some(VlanFiltering::Customer) => {
+                let vlan = self.pvid(bridge, bridge);
+                (vlan != 0 && self.tag(bridge, bridge, vlan) == Some(0)).then_some(vlan)
+            }
+            Some(VlanFiltering::Service | VlanFiltering::Off) | None => Some(0),
+        }
+    }
 }
 
 impl Agent {
@@ -105,6 +117,11 @@ impl Agent {
         }
     }
 
+    /// Where the address of the segment's bridge is: see [`PortVlans::own`].
+    pub(super) fn own_vlan(&self, segment: SegmentId) -> Option<Vlan> {
+        self.vlans.own(self.segments.bridge(segment)?.ifindex)
+    }
+
     pub(super) fn filters_vlans(&self, segment: SegmentId) -> bool {
         let bridge = self.segments.bridge(segment);
         bridge.is_some_and(|bridge| self.vlans.filtering.contains_key(&bridge.ifindex))
@@ -149,5 +166,38 @@ impl Agent {
             links.get(&bridge.ifindex).cloned().unwrap_or_default()
         });
         self.tell(Event::SegmentVlans { segment, own }).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BRIDGE: IfIndex = 3;
+
+    fn own(filtering: VlanFiltering, pvid: Vlan, members: &[(Vlan, Vlan, bool)]) -> Option<Vlan> {
+        let mut vlans = PortVlans::default();
+        vlans.filtering.insert(BRIDGE, filtering);
+        let own = Vlans {
+            pvid,
+            members: members.to_vec(),
+            tunnel: false,
+        };
+        vlans.links.insert(BRIDGE, own);
+        vlans.own(BRIDGE)
+    }
+
+    #[test]
+    fn a_bridges_own_vlan_is_untagged_both_ways() {
+        use VlanFiltering::{Customer, Service};
+        assert_eq!(PortVlans::default().own(BRIDGE), Some(0));
+        assert_eq!(own(Service, 1, &[(1, 1, true)]), Some(0));
+        assert_eq!(own(Customer, 1, &[(1, 1, true)]), Some(1));
+        assert_eq!(own(Customer, 10, &[(1, 1, true), (10, 20, true)]), Some(10));
+        // What it sends belongs to 10, and what it hears of 10 has a tag.
+        assert_eq!(own(Customer, 10, &[(10, 10, false)]), None);
+        // What it sends is dropped.
+        assert_eq!(own(Customer, 0, &[(10, 10, true)]), None);
+        assert_eq!(own(Customer, 0, &[]), None);
     }
 }

@@ -30,7 +30,7 @@ pub use self::{
     glob::{Glob, GlobError},
     links::{Link, LinkChange, Links, OWN_PREFIX, PortEvent, PortRules, VlanFiltering},
 };
-use crate::core::{IfIndex, MacAddr};
+use crate::core::{IfIndex, MacAddr, Vlan};
 
 /// The group of link messages, as the bit for bind(2).
 const GROUP_LINK: u32 = 1;
@@ -307,14 +307,21 @@ pub async fn local_networks(ifindex: IfIndex) -> Result<Vec<(Ipv4Addr, u8)>, Add
     Ok(addresses.collect())
 }
 
-/// MACs that bridges have learned, and at which of their ports.
-pub async fn learned_macs() -> Result<Vec<(IfIndex, MacAddr)>, AddressError> {
+/// MACs that bridges have learned, at which of their ports, and on which VLAN of a bridge that filters
+/// them (otherwise zero).
+pub async fn learned_macs() -> Result<Vec<(IfIndex, Vlan, MacAddr)>, AddressError> {
     let rows = neighbours(AddressFamily::Bridge).await?;
     let learned = rows.iter().filter(|row| {
         // The bridge's own, and those of its ports.
         row.header.state != NeighbourState::Permanent
     });
-    let learned = learned.filter_map(|row| Some((row.header.ifindex, mac_of(row)?)));
+    let learned = learned.filter_map(|row| {
+        let vlan = row.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::Vlan(vlan) => Some(*vlan),
+            _ => None,
+        });
+        Some((row.header.ifindex, vlan.unwrap_or(0), mac_of(row)?))
+    });
     Ok(learned.collect())
 }
 
