@@ -6,6 +6,7 @@ use std::{
     env, fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
+    process::Command,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread::{self, sleep},
     time::{Duration, Instant},
@@ -16,11 +17,12 @@ use aya::maps::{HashMap, Map, MapData};
 use dhcp_reclaim_ebpf::abi::{ABI_VERSION, EmitOrder};
 use dhcp_reclaim_tests::{
     agent::{Agent, Hook, STATE, Setup},
+    boot::kernel::has_tcx,
     clock::{Deadline, now},
     fixture::{Mac, NIC, SERVER_IP, pool_ip, vm_mac},
     lab_test,
     process::Process,
-    sandbox::{BPFFS, DIR, foreign, test_in_world},
+    sandbox::{BPFFS, DIR, foreign, run, test_in_world},
     server::{Place, ServerKind},
     trace::{Call, Tracer},
     vm::{Client, KillKind, Vm},
@@ -63,7 +65,7 @@ fn killed_at_random_moments_in_world_3() {
 ///
 /// No agent can hear what is said by a port that no program is attached to: in the first moments after
 /// the port came to be, or for as long as no agent runs. So a guest asks for its lease once its port is
-/// watched, by the programs' pins. It asks then whether an agent runs or not, and its port, itself or
+/// watched. It asks then whether an agent runs or not, and its port, itself or
 /// both may be gone when the next agent starts.
 fn killed_at_random_moments(name: &str, world: u32) {
     let crashes = number(CRASHES, CRASHES_PER_WORLD);
@@ -83,7 +85,7 @@ fn number(name: &str, default: u32) -> u32 {
 fn churn(crashes: u32, seed: u32) -> Result<()> {
     let begin = now();
     // A program cannot be run while another thread's child still holds it open for writing.
-    for program in ["ip", "udhcpc", "busybox"] {
+    for program in ["ip", "tc", "udhcpc", "busybox"] {
         foreign(program)?;
     }
     // To each its own address: dnsmasq offers one to several that ask at once, and whoever asks for it
@@ -421,7 +423,18 @@ impl<'a> Vms<'a> {
 }
 
 /// Both programs sit on the port, pinned.
+/// By the pins of both links; clsact has filters instead, which outlive an agent too.
 fn is_watched(port: &str) -> Result<bool> {
+    if !has_tcx()? {
+        for way in ["ingress", "egress"] {
+            let mut tc = Command::new(foreign("tc")?);
+            let filters = tc.args(["filter", "show", "dev", port, way]);
+            if run(filters)?.trim().is_empty() {
+                return Ok(false);
+            }
+        }
+        return Ok(true);
+    }
     let ifindex = fs::read_to_string(format!("/sys/class/net/{port}/ifindex"))?;
     let top = Path::new(BPFFS).join("dhcp-reclaim");
     let Ok(versions) = fs::read_dir(top) else {

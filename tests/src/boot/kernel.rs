@@ -161,6 +161,11 @@ pub fn running() -> Result<(u32, u32)> {
     version(&release).with_context(|| format!("cannot read the kernel's version {release:?}"))
 }
 
+/// Debian's have tcx as soon as Linux has it; others are watched by clsact.
+pub fn has_tcx() -> Result<bool> {
+    Ok(running()? >= (6, 6))
+}
+
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))

@@ -8,7 +8,7 @@ use dhcp_reclaim_agent::{
     kernel::{AttachedHook, Hook, Kernel, LoadOptions, RecordRing},
 };
 use dhcp_reclaim_ebpf::abi::Record;
-use dhcp_reclaim_tests::boot::kernel::running;
+use dhcp_reclaim_tests::boot::kernel::has_tcx;
 use nix::{
     mount::{MsFlags, mount},
     net::if_::if_nametoindex,
@@ -50,11 +50,11 @@ pub fn options(hook: Hook) -> LoadOptions {
     }
 }
 
-/// What [`Hook::Tc`] comes to on this kernel. Debian's have tcx as soon as Linux has it.
+/// What [`Hook::Tc`] comes to on this kernel.
 pub fn tc_hook() -> AttachedHook {
-    match running().unwrap() < (6, 6) {
-        true => AttachedHook::Clsact,
-        false => AttachedHook::Tcx,
+    match has_tcx().unwrap() {
+        true => AttachedHook::Tcx,
+        false => AttachedHook::Clsact,
     }
 }
 
