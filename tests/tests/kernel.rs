@@ -2,9 +2,13 @@
 
 mod world;
 
-use std::{collections::BTreeMap, net::UdpSocket, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::UdpSocket,
+    time::Duration,
+};
 
-use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
+use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions, tc};
 use dhcp_reclaim_agent::{
     core::{MacAddr, Port, Role},
     emit::{PacketSocket, PrivateLink},
@@ -152,6 +156,68 @@ fn hear(hook: Hook, expected: AttachedHook) {
         Err(KernelError::PortGone { .. })
     ));
     assert_eq!(kernel.port_epoch(vm.ifindex), None);
+}
+
+/// Filters of a clsact are replaced, not taken away and set anew: each frame is heard meanwhile.
+#[test]
+fn clsact_misses_nothing_while_its_filters_are_replaced() {
+    const FRAMES: u32 = 2000;
+    const XID_AT: usize = 14 + 20 + 8 + 4;
+
+    alone(|| {
+        let (vm, guest) = vm_port();
+        let mut kernel = load(Hook::Clsact);
+        let runtime = runtime();
+        let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
+        kernel.watch(&vm, 0, 0).unwrap();
+        let mut frame = Builder::selecting().build();
+        let heard: BTreeSet<u32> = std::thread::scope(|scope| {
+            let sender = scope.spawn(move || {
+                let socket = PacketSocket::open().unwrap();
+                for xid in 0..FRAMES {
+                    frame[XID_AT..XID_AT + 4].copy_from_slice(&xid.to_be_bytes());
+                    socket.send_on(guest, &frame).unwrap();
+                }
+            });
+            let mut replaced = 0;
+            while !sender.is_finished() || replaced == 0 {
+                kernel.watch(&vm, 0, 0).unwrap();
+                replaced += 1;
+            }
+            sender.join().unwrap();
+            let mut heard = BTreeSet::new();
+            while !heard.contains(&(FRAMES - 1)) {
+                let batch = records(&runtime, &mut ring, 1);
+                assert_ne!(batch, [], "{} of {FRAMES} heard", heard.len());
+                heard.extend(batch.iter().map(|record| u32::from_be_bytes(record.xid)));
+            }
+            heard
+        });
+        let missed: Vec<u32> = (0..FRAMES).filter(|xid| !heard.contains(xid)).collect();
+        assert!(missed.is_empty(), "{missed:?}");
+    });
+}
+
+/// Others share a clsact, and clear it.
+#[test]
+fn a_filter_that_others_took_away_is_missed() {
+    alone(|| {
+        let (vm, _) = vm_port();
+        let mut kernel = load(Hook::Clsact);
+        for (way, name) in [
+            (TcAttachType::Ingress, "vm_ingress"),
+            (TcAttachType::Egress, "vm_egress"),
+        ] {
+            kernel.watch(&vm, 0, 0).unwrap();
+            assert!(kernel.in_place(vm.ifindex));
+            tc::qdisc_detach_program("vm0", way, name).unwrap();
+            assert!(!kernel.in_place(vm.ifindex), "{name}");
+            // There was one, although it has been watched twice.
+            assert!(tc::qdisc_detach_program("vm0", way, name).is_err());
+        }
+        kernel.watch(&vm, 0, 0).unwrap();
+        assert!(kernel.in_place(vm.ifindex));
+    });
 }
 
 #[test]

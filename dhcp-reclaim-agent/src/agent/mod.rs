@@ -857,7 +857,7 @@ impl Agent {
         let Some(watched) = self.watched.get(&port) else {
             return;
         };
-        if watched.hook != AttachedHook::Clsact {
+        if watched.hook != AttachedHook::Clsact || self.kernel.in_place(port) {
             return;
         }
         let (rate, burst) = self.record_limits(watched.port.role);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Hook, KernelError, interface_name,
+    Hook, KernelError, filters, interface_name,
     load::{PinDir, path_error, program},
 };
 use crate::core::{IfIndex, Port, Role};
@@ -65,7 +65,13 @@ enum Link {
     /// Not pinned: goes with the process.
     Tcx(FdLink),
     /// A filter cannot be pinned, but outlives the process as it is.
-    Clsact(ManuallyDrop<SchedClassifierLink>),
+    Clsact {
+        link: ManuallyDrop<SchedClassifierLink>,
+        way: TcAttachType,
+        name: &'static str,
+        /// Its program's number in the kernel.
+        program: u32,
+    },
     /// XDP by netlink, before Linux 5.9: likewise.
     XdpNetlink(ManuallyDrop<XdpLink>),
 }
@@ -79,7 +85,7 @@ impl Held {
                 drop(link);
             }
             Link::Tcx(link) => drop(link),
-            Link::Clsact(link) => drop(ManuallyDrop::into_inner(link)),
+            Link::Clsact { link, .. } => drop(ManuallyDrop::into_inner(link)),
             Link::XdpNetlink(link) => drop(ManuallyDrop::into_inner(link)),
         }
     }
@@ -96,7 +102,8 @@ impl Attachments {
         // What sits there stays, until its successor does.
         let before = self.ports.remove(&port.ifindex).unwrap_or_default();
         let held = match hook {
-            Hook::Tc | Hook::Clsact => attach_tc(ebpf, pins, hook, port, before)?,
+            // Of tcx the pin is taken over, of clsact the filters are replaced.
+            Hook::Tc | Hook::Clsact => attach_tc(ebpf, pins, hook, port)?,
             Hook::Xdp => vec![attach_xdp(ebpf, pins, port.ifindex, before)?],
         };
         // The worst of them: what is said of the port must hold for both ways.
@@ -124,6 +131,18 @@ impl Attachments {
 
     pub(super) fn has(&self, ifindex: IfIndex) -> bool {
         self.ports.contains_key(&ifindex)
+    }
+
+    /// Whether nobody took a program of the port away: from a clsact that is possible.
+    pub(super) fn in_place(&self, ifindex: IfIndex) -> bool {
+        let mut held = self.ports.get(&ifindex).into_iter().flatten();
+        held.all(|held| match &held.link {
+            Link::Clsact {
+                way, name, program, ..
+            } => filters::with_name(ifindex, *way, name)
+                .is_ok_and(|filters| filters.iter().any(|filter| filter.program == *program)),
+            Link::Pinned { .. } | Link::Tcx(_) | Link::XdpNetlink(_) => true,
+        })
     }
 
     pub(super) fn detach(&mut self, ifindex: IfIndex) {
@@ -182,15 +201,7 @@ fn attach_tc(
     pins: &PinDir,
     hook: Hook,
     port: &Port,
-    before: Vec<Held>,
 ) -> Result<Vec<Held>, KernelError> {
-    // A clsact filter may have been taken away without a trace: it is set anew. A pinned tcx link is
-    // taken over from its pin.
-    for held in before {
-        if held.hook == AttachedHook::Clsact {
-            held.detach();
-        }
-    }
     // What goes out elsewhere answers no VM of ours.
     let ways = match port.role {
         Role::Vm => &WAYS[..],
@@ -204,6 +215,7 @@ fn attach_tc(
             Err(error) => {
                 // One way alone would let us believe that nobody answers.
                 done.into_iter().for_each(Held::detach);
+                remove_filters(port.ifindex);
                 return Err(error);
             }
         }
@@ -221,28 +233,46 @@ fn attach_classifier(
 ) -> Result<Held, KernelError> {
     let interface = interface(ifindex)?;
     let program = program::<SchedClassifier>(ebpf, name)?;
-    // What a crashed agent left on clsact, or we ourselves. Not there: so much the better.
-    let _ = tc::qdisc_detach_program(&interface, way, name);
+    // What an earlier agent left on clsact, or we ourselves. It goes once its successor is there: a
+    // frame between them is heard twice, which is a repetition, and not missed.
+    let before = filters::with_name(ifindex, way, name).unwrap_or_else(|_| {
+        // Not there: so much the better.
+        let _ = tc::qdisc_detach_program(&interface, way, name);
+        Vec::new()
+    });
+    let held = attach_by(program, name, ifindex, &interface, (way, hook, pin))?;
+    for filter in before {
+        filter.remove(&interface, way);
+    }
+    Ok(held)
+}
 
+fn attach_by(
+    program: &mut SchedClassifier,
+    name: &'static str,
+    ifindex: IfIndex,
+    interface: &str,
+    (way, hook, pin): (TcAttachType, Hook, Option<&Path>),
+) -> Result<Held, KernelError> {
     let tcx = if hook == Hook::Clsact {
         if let Some(pin) = pin {
             let _ = fs::remove_file(pin);
         }
         Err("not wanted".to_owned())
     } else {
-        attach_tcx(program, &interface, way, pin).map_err(|error| chain(&error))
+        attach_tcx(program, interface, way, pin).map_err(|error| chain(&error))
     };
     let tcx_error = match tcx {
         Ok(held) => return Ok(held),
         Err(error) => error,
     };
     // The kernel's version says little: try.
-    match attach_clsact(program, &interface, way) {
+    match attach_clsact(program, name, interface, way) {
         Ok(held) => Ok(held),
         Err(_) if interface_name(ifindex).is_none() => Err(KernelError::PortGone { ifindex }),
         Err(error) => Err(KernelError::Attach {
             program: name,
-            name: interface,
+            name: interface.to_owned(),
             hooks: format!("tcx: {tcx_error}; clsact: {}", chain(&error)),
         }),
     }
@@ -298,9 +328,11 @@ fn attach_tcx(
 
 fn attach_clsact(
     program: &mut SchedClassifier,
+    name: &'static str,
     interface: &str,
     way: TcAttachType,
 ) -> Result<Held, ProgramError> {
+    let number = program.info()?.id();
     // It may be there already; if not, attaching says why.
     let _ = tc::qdisc_add_clsact(interface);
     let first = NlOptions {
@@ -311,7 +343,12 @@ fn attach_clsact(
     let link = program.take_link(id)?;
     Ok(Held {
         hook: AttachedHook::Clsact,
-        link: Link::Clsact(ManuallyDrop::new(link)),
+        link: Link::Clsact {
+            link: ManuallyDrop::new(link),
+            way,
+            name,
+            program: number,
+        },
     })
 }
 

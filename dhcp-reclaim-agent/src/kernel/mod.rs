@@ -2,6 +2,7 @@
 
 mod attach;
 mod expedite;
+mod filters;
 mod load;
 mod maps;
 mod message;
@@ -126,6 +127,11 @@ impl Kernel {
         self.attachments
             .attach(&mut self.ebpf, &self.pins, self.hook, port)
             .inspect_err(|_| self.maps.ports.release(port.ifindex))
+    }
+
+    /// Whether the port's programs are where they were put: others may take filters from a clsact.
+    pub fn in_place(&self, ifindex: IfIndex) -> bool {
+        self.attachments.in_place(ifindex)
     }
 
     /// The port is not of interest any more, or is gone.
