@@ -1,5 +1,6 @@
 //! The engine, driven by hand: each test tells what the wire shows and reads what is to be done.
 
+mod gates;
 mod imports;
 mod operator;
 

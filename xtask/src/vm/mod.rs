@@ -58,6 +58,10 @@ const THREADS: u8 = 2;
 /// What an emulated processor needs more of a wait's limit.
 const EMULATION_FACTOR: u32 = 3;
 
+/// How often an agent is killed in each world of the suite `crash`: this host has done it often enough,
+/// and each time a verifier is emulated.
+const CRASHES: [&str; 2] = ["DHCP_RECLAIM_CRASHES", "15"];
+
 /// From qemu's start to the first word.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 /// More than any one test may take, emulated.
@@ -230,6 +234,7 @@ impl Matrix {
         plan.env.push((BIN.to_owned(), self.agent.clone()));
         if self.accel == Accel::Tcg {
             plan.env.push(slow());
+            plan.env.push(CRASHES.map(ToOwned::to_owned).into());
         }
         for (name, path) in &self.suites {
             let Some(filter) = wanted(name) else {
