@@ -308,6 +308,16 @@ pub fn foreign(program: &str) -> Result<PathBuf> {
     Ok(copy)
 }
 
+/// The filters on one way (`ingress`, `egress`) of a port's clsact.
+pub fn filters(port: &str, way: &str) -> Result<usize> {
+    let mut tc = Command::new(foreign("tc")?);
+    let list = run(tc.args(["filter", "show", "dev", port, way]))?;
+    Ok(list
+        .lines()
+        .filter(|line| line.contains(" handle "))
+        .count())
+}
+
 /// Where a program is, also outside of a user's PATH.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();

@@ -6,7 +6,6 @@ use std::{
     env, fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
-    process::Command,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread::{self, sleep},
     time::{Duration, Instant},
@@ -22,7 +21,7 @@ use dhcp_reclaim_tests::{
     fixture::{Mac, NIC, SERVER_IP, pool_ip, vm_mac},
     lab_test,
     process::Process,
-    sandbox::{BPFFS, DIR, foreign, run, test_in_world},
+    sandbox::{BPFFS, DIR, filters, foreign, test_in_world},
     server::{Place, ServerKind},
     trace::{Call, Tracer},
     vm::{Client, KillKind, Vm},
@@ -427,9 +426,7 @@ impl<'a> Vms<'a> {
 fn is_watched(port: &str) -> Result<bool> {
     if !has_tcx()? {
         for way in ["ingress", "egress"] {
-            let mut tc = Command::new(foreign("tc")?);
-            let filters = tc.args(["filter", "show", "dev", port, way]);
-            if run(filters)?.trim().is_empty() {
+            if filters(port, way)? == 0 {
                 return Ok(false);
             }
         }

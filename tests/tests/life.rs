@@ -295,8 +295,10 @@ lab_test! {
         hand.vm.kill(KillKind::PortDeleted)?;
         // The uplink must be heard: the server's own kernel does not answer on a VLAN.
         scene.agent.wait_event("silent", ip, PATIENCE)?;
-        server.send(&tagged_arp(&tag, 1, (SERVER_MAC, SERVER_IP), (BROADCAST_MAC, SERVER_IP)))?;
-        scene.agent.wait_event("released", ip, PATIENCE)?;
+        scene.agent.until("its RELEASE", PATIENCE, |agent| {
+            server.send(&tagged_arp(&tag, 1, (SERVER_MAC, SERVER_IP), (BROADCAST_MAC, SERVER_IP)))?;
+            Ok((agent.state(ip)? == "released").then_some(()))
+        })?;
         let raw = scene.wire.wait("a tagged RELEASE", PATIENCE, |frame| {
             tagged_release(frame).is_some_and(|(vlan, ciaddr)| vlan == 100 && ciaddr == ip)
         })?;

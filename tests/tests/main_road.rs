@@ -8,12 +8,13 @@ use anyhow::{Context as _, Result, ensure};
 use aya::programs::{SchedClassifier, TcAttachType};
 use dhcp_reclaim_tests::{
     agent::{Agent, Hook, Setup},
+    boot::kernel::has_tcx,
     clock::{now, scaled},
     fixture::{NIC, SERVER_IP, SERVER_MAC, UPLINK, pool_ip, vm_mac},
     lab_test,
     netns::NetNs,
     node::Node,
-    sandbox::{BPFFS, DIR},
+    sandbox::{BPFFS, DIR, filters},
     server::{Place, Server, ServerKind},
     vm::{Client, KillKind, Vm},
     wire::{Capture, DECLINE, Dhcp, Frame, NAK, RELEASE},
@@ -202,8 +203,14 @@ fn is_probe(frame: &Frame, ip: Ipv4Addr) -> bool {
 /// Programs at both directions of a port.
 fn attached(port: &str) -> Result<usize> {
     let mut programs = 0;
-    for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-        programs += SchedClassifier::query_tcx(port, direction)?.1.len();
+    for (way, direction) in [
+        ("ingress", TcAttachType::Ingress),
+        ("egress", TcAttachType::Egress),
+    ] {
+        programs += match has_tcx()? {
+            true => SchedClassifier::query_tcx(port, direction)?.1.len(),
+            false => filters(port, way)?,
+        };
     }
     Ok(programs)
 }

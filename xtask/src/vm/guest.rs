@@ -61,6 +61,7 @@ fn live() -> Result<()> {
         ("proc", "/proc"),
         ("sysfs", "/sys"),
         ("tmpfs", "/run"),
+        ("devpts", "/dev/pts"),
     ] {
         fs::create_dir_all(path)?;
         mount(Some(kind), path, Some(kind), MsFlags::empty(), None::<&str>)

@@ -50,6 +50,7 @@ const TOOLS: &[&str] = &[
     "setpriv",
     "sh",
     "sleep",
+    "stat",
     "tc",
     "touch",
     "udhcpc",
@@ -68,6 +69,8 @@ const ETC: &[&str] = &[
     "/etc/services",
     "/etc/hosts",
 ];
+
+const MACHINE_ID: &str = "d0d0cafed0d0cafed0d0cafed0d0cafe\n";
 
 /// A kernel of a distribution has as modules what the lab is made of.
 const MODULES: &[&str] = &[
@@ -101,6 +104,8 @@ impl Userland {
         for file in ETC.iter().filter(|file| Path::new(file).exists()) {
             initramfs.copy(Path::new(file))?;
         }
+        // Clients that name themselves by it want one.
+        initramfs.file(Path::new("/etc/machine-id"), 0o444, MACHINE_ID);
         let stripped = cargo::root().join("target/vm/programs");
         fs::create_dir_all(&stripped)?;
         let mut this = Self {

@@ -204,7 +204,9 @@ pub struct Matrix {
 impl Matrix {
     pub fn new(agent: &Path, suites: &[Built], accel: Accel) -> Result<Self> {
         let mut userland = Userland::new()?;
-        userland.folder(&cargo::root().join(TESTS))?;
+        for folder in READ {
+            userland.folder(&cargo::root().join(folder))?;
+        }
         let agent = userland.built(agent, AGENT)?;
         let suites = suites.iter().map(|built| {
             let path = userland.built(&built.executable, &built.name)?;
@@ -419,4 +421,6 @@ impl Booted {
 const CONSOLE: &str = "console.log";
 const ERRORS: &str = "qemu.log";
 const TESTS: &str = "tests";
+/// What tests read of this workspace.
+const READ: [&str; 2] = [TESTS, "packaging"];
 const AGENT: &str = "dhcp-reclaim";
