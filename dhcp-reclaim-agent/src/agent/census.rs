@@ -29,7 +29,7 @@ const MACS: usize = 16_384;
 const AT_ONCE: usize = 32;
 
 /// Who is asked for what a MAC of a bridge leases.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Question {
     pub(super) segment: SegmentId,
     pub(super) vlan: Vlan,
@@ -150,16 +150,11 @@ impl Agent {
         self.census.refused = self.census.refused.max(refused);
     }
 
-    /// A server has said what `mac` leases.
-    pub(super) async fn lease_told(
-        &mut self,
-        segment: SegmentId,
-        vlan: Vlan,
-        server: Ipv4Addr,
-        lease: Lease,
-    ) {
+    /// The server has said what the MAC leases.
+    pub(super) async fn lease_told(&mut self, question: Question, lease: Lease) {
+        let Question { segment, vlan, .. } = question;
         let now = clock::monotonic();
-        let server = lease.server.unwrap_or(server);
+        let server = lease.server.unwrap_or(question.server);
         let bridge = self.segments.bridge(segment).map(|bridge| bridge.ifindex);
         // It has just answered us.
         let server_mac = match bridge {

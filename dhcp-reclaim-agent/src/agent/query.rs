@@ -15,7 +15,7 @@ use tracing::debug;
 use super::{Agent, census::Question, chain, draw_xid};
 use crate::{
     clock,
-    core::{Event, IfIndex, Key, MacAddr, Query, QueryAnswer, SegmentId, Time, Vlan},
+    core::{Event, IfIndex, Key, Query, QueryAnswer, SegmentId, Time, Vlan},
     packet::leasequery::{self, Reply},
 };
 
@@ -47,14 +47,19 @@ enum About {
     /// What became of the RELEASE of an address.
     Address(Key),
     /// What a MAC leases.
-    Mac(SegmentId, Vlan, MacAddr),
+    Mac(Question),
 }
 
 impl About {
     fn segment(self) -> SegmentId {
+        self.place().0
+    }
+
+    /// Where the answer counts.
+    fn place(self) -> (SegmentId, Vlan) {
         match self {
-            Self::Address(key) => key.segment,
-            Self::Mac(segment, ..) => segment,
+            Self::Address(key) => (key.segment, key.vlan),
+            Self::Mac(question) => (question.segment, question.vlan),
         }
     }
 
@@ -62,8 +67,8 @@ impl About {
         match self {
             Self::Address(key) => key.ip == reply.ip,
             // Who has no lease may be named or not.
-            Self::Mac(.., mac) => match reply.answer {
-                QueryAnswer::Active(named) => named == Some(mac),
+            Self::Mac(question) => match reply.answer {
+                QueryAnswer::Active(named) => named == Some(question.mac),
                 _ => true,
             },
         }
@@ -110,28 +115,19 @@ impl Agent {
     }
 
     async fn ask(&mut self, key: Key, query: Query) -> Result<(), String> {
-        self.put(About::Address(key), query.vlan, query.server)
-            .await
+        self.put(About::Address(key), query.server).await
     }
 
     /// Asks what a MAC leases; the answer comes to [`Self::lease_told`].
-    pub(super) async fn ask_for_mac(
-        &mut self,
-        Question {
-            segment,
-            vlan,
-            mac,
-            server,
-        }: Question,
-    ) -> Result<(), String> {
-        self.put(About::Mac(segment, vlan, mac), vlan, server).await
+    pub(super) async fn ask_for_mac(&mut self, question: Question) -> Result<(), String> {
+        self.put(About::Mac(question), question.server).await
     }
 
-    async fn put(&mut self, about: About, vlan: Vlan, server: Ipv4Addr) -> Result<(), String> {
+    async fn put(&mut self, about: About, server: Ipv4Addr) -> Result<(), String> {
         if self.queries.open.len() >= OPEN {
             return Err("too many are open".to_owned());
         }
-        let segment = about.segment();
+        let (segment, vlan) = about.place();
         let bridge = self.segments.bridge(segment).ok_or("no bridge")?;
         if self.own_vlan(segment) != Some(vlan) {
             return Err("the bridge's own address is on another VLAN".to_owned());
@@ -145,7 +141,7 @@ impl Agent {
         let xid = draw_xid().ok_or("no random numbers")?;
         let payload = match about {
             About::Address(key) => leasequery::query(key.ip, from, xid),
-            About::Mac(.., mac) => leasequery::query_mac(mac, from, xid),
+            About::Mac(question) => leasequery::query_mac(question.mac, from, xid),
         };
         let payload = payload.ok_or("it cannot be encoded")?;
         let socket = match self.queries.sockets.entry(segment) {
@@ -209,9 +205,9 @@ impl Agent {
                         server,
                         answer: reply.answer,
                     }),
-                    About::Mac(segment, vlan, _) => {
+                    About::Mac(question) => {
                         let lease = buffer.get(..length).and_then(leasequery::lease);
-                        leases.extend(lease.map(|lease| (segment, vlan, server, lease)));
+                        leases.extend(lease.map(|lease| (question, lease)));
                     }
                 }
             }
@@ -220,8 +216,8 @@ impl Agent {
         for answer in answers {
             self.tell(answer).await;
         }
-        for (segment, vlan, server, lease) in leases {
-            self.lease_told(segment, vlan, server, lease).await;
+        for (question, lease) in leases {
+            self.lease_told(question, lease).await;
         }
     }
 
@@ -242,13 +238,8 @@ impl Agent {
         for Asked { about, server, .. } in late {
             let key = match about {
                 About::Address(key) => key,
-                About::Mac(segment, vlan, mac) => {
-                    self.census.ask_again(Question {
-                        segment,
-                        vlan,
-                        mac,
-                        server,
-                    });
+                About::Mac(question) => {
+                    self.census.ask_again(question);
                     continue;
                 }
             };
