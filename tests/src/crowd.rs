@@ -173,17 +173,22 @@ impl Crowd {
     }
 }
 
-/// Takes all ports away in one batch, as a host does that loses its VMs.
+/// Takes all ports away at the same moment, as a host does that loses its VMs: one after another,
+/// the kernel waits for an RCU period between them.
 pub fn unplug(crowds: Vec<Crowd>) -> Result<()> {
-    let script: Vec<String> = crowds
+    let Some(first) = crowds.first() else {
+        return Ok(());
+    };
+    let mut script: Vec<String> = crowds
         .iter()
-        .map(|crowd| format!("link del {}", crowd.port))
+        .map(|crowd| format!("link set {} group {LEAVING}", crowd.port))
         .collect();
-    match crowds.first() {
-        Some(crowd) => crowd.node.ip(&script.join("\n")),
-        None => Ok(()),
-    }
+    script.push(format!("link del group {LEAVING}"));
+    first.node.ip(&script.join("\n"))
 }
+
+/// The group of links that are taken away together.
+const LEAVING: u32 = 1000;
 
 /// The nth client's.
 pub fn crowd_mac(n: u16) -> Mac {

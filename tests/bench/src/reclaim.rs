@@ -364,16 +364,18 @@ fn reclaim(kind: ServerKind, count: usize, ports: usize) -> Result<(Freed, f64)>
     let wire = Capture::start(world.server.netns(), NIC)?;
     let died = now();
     unplug(crowds)?;
+    // Who captures all of them takes a processor from the server.
+    let first = wire.wait("a RELEASE", PATIENCE, |frame| {
+        frame
+            .dhcp()
+            .is_some_and(|dhcp| dhcp.kind() == Some(RELEASE))
+    })?;
+    drop(wire);
     let sent = || agent.stat("core.releases_sent").unwrap_or(0) as usize >= count;
     let freed = follow(&world, &leases, died, || {
         died.elapsed() > HOLD_DOWN * 3 && sent()
     })?;
     agent.stop()?;
-    let first = wire.wait("a RELEASE", Duration::ZERO, |frame| {
-        frame
-            .dhcp()
-            .is_some_and(|dhcp| dhcp.kind() == Some(RELEASE))
-    })?;
     Ok((freed, (first.at - died).as_secs_f64()))
 }
 
