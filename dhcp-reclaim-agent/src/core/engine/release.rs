@@ -1,0 +1,313 @@
+//! A VM is gone: the gates, the turn at the server, the RELEASE.
+
+use std::time::Duration;
+
+use super::{Engine, RETRY};
+use crate::core::{
+    binding::Check,
+    gates::{Finding, Gate, Verdict, breaker_rule, secs},
+    pacing::ServerKey,
+    types::{Action, Key, NoticeKind, Release, ReleaseOutcome, Sounding, State, Time},
+};
+
+/// A held binding is looked at again this often, if its gate cannot tell better.
+const HELD_AGAIN: Duration = Duration::from_secs(1);
+
+impl Engine {
+    /// Silence went on for as long as it must: dead, unless a gate knows better.
+    pub(super) fn gone(&mut self, key: Key, findings: &[Finding], now: Time) {
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
+        if binding.state != State::Gone {
+            self.found_dead(key, findings, now);
+            let Some(binding) = self.bindings.get(&key) else {
+                return;
+            };
+            // The breaker has counted it now.
+            let findings = self.case(binding).findings(now);
+            self.judge(key, &findings, now);
+            return;
+        }
+        self.judge(key, findings, now);
+    }
+
+    pub(super) fn found_dead(&mut self, key: Key, findings: &[Finding], now: Time) {
+        let reason = reason_of(findings, Gate::Dead);
+        self.set_state(key, State::Gone, NoticeKind::Gone, reason, now);
+        if let Some(rule) = breaker_rule(&self.policy) {
+            self.breaker.died(key, now, self.live, rule);
+        }
+    }
+
+    fn judge(&mut self, key: Key, findings: &[Finding], now: Time) {
+        let Some(stop) = findings
+            .iter()
+            .find(|finding| finding.verdict != Verdict::Pass)
+        else {
+            self.order_release(key, now);
+            return;
+        };
+        if stop.verdict == Verdict::Forget {
+            self.end(key, State::Expired, stop.reason.clone(), now);
+            return;
+        }
+        let told = self.bindings.get(&key).and_then(|binding| binding.held_by);
+        if told != Some(stop.gate) {
+            self.add(held_counter(stop.gate), 1);
+            self.tell(
+                key,
+                NoticeKind::Held,
+                format!("{}: {}", stop.gate, stop.reason),
+                now,
+            );
+            if let Some(binding) = self.bindings.get_mut(&key) {
+                binding.held_by = Some(stop.gate);
+            }
+        }
+        let again = match stop.gate {
+            Gate::Rate => self.take_turn(key, stop.again_at, now),
+            Gate::Confirmed
+            | Gate::Lease
+            | Gate::Dead
+            | Gate::Elsewhere
+            | Gate::Unique
+            | Gate::HoldDown
+            | Gate::Settled
+            | Gate::Paused
+            | Gate::Breaker
+            | Gate::Kernel => stop
+                .again_at
+                .unwrap_or(now + HELD_AGAIN)
+                .max(now + Duration::from_millis(1)),
+        };
+        // While it waits it is still asked, as any silent VM is.
+        let probe_due = self
+            .bindings
+            .get(&key)
+            .is_some_and(|binding| match binding.check {
+                Check::Watching(watching) => watching
+                    .probed_at
+                    .is_none_or(|at| now.since(at) >= self.policy.probe_interval),
+                Check::Idle | Check::Glancing => false,
+            });
+        if probe_due {
+            self.send_probes(key, now);
+        }
+        self.schedule(key, again);
+    }
+
+    /// A place in its server's queue; who has had one comes back for the next token.
+    fn take_turn(&mut self, key: Key, again_at: Option<Time>, now: Time) -> Time {
+        let soon = now + Duration::from_millis(1);
+        let again = again_at.map_or(soon, |at| at.max(soon));
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return again;
+        };
+        let Some(server) = binding.server else {
+            return again;
+        };
+        let pace = (key.segment, key.vlan, server);
+        if let Some(turn) = binding.turn {
+            self.pacing.wait_again(pace, key, turn);
+            self.sound(key, now);
+            return again;
+        }
+        let turn = self.pacing.queue(pace, key, now);
+        binding.turn = Some(turn);
+        self.sound(key, now);
+        turn.max(soon)
+    }
+
+    /// Asks the server of `key` how far it has read, if it is time to.
+    fn sound(&mut self, key: Key, now: Time) {
+        let Some(server) = self.bindings.get(&key).and_then(|b| b.server) else {
+            return;
+        };
+        let server_mac = self.bindings.get(&key).and_then(|b| b.server_mac);
+        if let Some(mark) = self.pacing.sounding((key.segment, key.vlan, server), now) {
+            self.add("soundings", 1);
+            self.actions.push_back(Action::Sound(Sounding {
+                segment: key.segment,
+                vlan: key.vlan,
+                server,
+                server_mac: server_mac.or_else(|| self.server_mac(key.segment, key.vlan, server)),
+                ip: key.ip,
+                mark,
+            }));
+        }
+    }
+
+    /// A server has read what it was sent up to `mark`: those who wait for it go on.
+    pub(super) fn server_read(&mut self, server: ServerKey, mark: u64, now: Time) {
+        self.add("soundings_answered", 1);
+        for (turn, key) in self.pacing.read_up_to(server, mark, now) {
+            if let Some(binding) = self.bindings.get_mut(&key)
+                && binding.turn == Some(turn)
+            {
+                binding.turn = Some(now);
+                self.schedule(key, now);
+            } else {
+                self.pacing.leave(server, key, turn);
+            }
+        }
+    }
+
+    fn order_release(&mut self, key: Key, now: Time) {
+        self.order_release_because(key, "", now);
+    }
+
+    pub(super) fn order_release_because(&mut self, key: Key, why: &str, now: Time) {
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
+        let (Some(server), Check::Watching(watching)) = (binding.server, binding.check) else {
+            return;
+        };
+        // Before the token is taken: a gate that passed is not to seem to hold.
+        let grounds = self.case(binding).findings(now);
+        let (pace, turn) = ((key.segment, key.vlan, server), binding.turn);
+        if !self.pacing.take(pace, key, turn, now) && !self.policy.without.contains(&Gate::Rate) {
+            self.schedule(key, now + HELD_AGAIN);
+            return;
+        }
+        let release = Release {
+            segment: key.segment,
+            vlan: key.vlan,
+            ip: key.ip,
+            chaddr: binding.chaddr,
+            client_id: binding.client_id.clone(),
+            server,
+            server_mac: binding
+                .server_mac
+                .or_else(|| self.server_mac(key.segment, key.vlan, server)),
+            silent_since: watching.armed_at,
+        };
+        let reason = format!(
+            "{why}to {server}: silent for {}",
+            secs(now.since(watching.armed_at))
+        );
+        self.set_state(key, State::Releasing, NoticeKind::Releasing, reason, now);
+        self.grounds.insert(key, grounds);
+        self.actions.push_back(Action::Release { key, release });
+        self.sound(key, now);
+    }
+
+    pub(super) fn released(&mut self, key: Key, outcome: ReleaseOutcome, now: Time) {
+        self.grounds.remove(&key);
+        let Some(binding) = self
+            .bindings
+            .get_mut(&key)
+            .filter(|b| b.state == State::Releasing)
+        else {
+            return;
+        };
+        let server = binding.server.map(|ip| ip.to_string()).unwrap_or_default();
+        match outcome {
+            ReleaseOutcome::Sent => {
+                self.add("releases_sent", 1);
+                self.breaker.released(key);
+                self.begin_vigil(key, now);
+                self.finish(
+                    key,
+                    NoticeKind::Released,
+                    format!("RELEASE sent to {server}, unverified"),
+                    now,
+                );
+            }
+            ReleaseOutcome::DryRun => {
+                self.add("releases_dry_run", 1);
+                self.finish(
+                    key,
+                    NoticeKind::WouldRelease,
+                    format!("dry run: to {server}"),
+                    now,
+                );
+            }
+            // A repetition that does not leave: the first one stands.
+            ReleaseOutcome::Vetoed | ReleaseOutcome::Failed if binding.vigil.is_some() => {
+                if let Some(vigil) = &mut binding.vigil {
+                    vigil.closed = true;
+                }
+                self.add("repetitions_stopped", 1);
+                self.finish(
+                    key,
+                    NoticeKind::Held,
+                    "the repetition did not leave: the VM was seen, or nothing could be sent"
+                        .into(),
+                    now,
+                );
+            }
+            ReleaseOutcome::Vetoed => {
+                binding.state = State::Silent;
+                binding.vetoed = true;
+                self.save(key);
+                self.add("releases_vetoed", 1);
+                self.add(held_counter(Gate::Kernel), 1);
+                self.tell(
+                    key,
+                    NoticeKind::Vetoed,
+                    "kernel: a frame of it came after the decision".into(),
+                    now,
+                );
+                self.wake(key, now);
+            }
+            ReleaseOutcome::Failed => {
+                binding.state = State::Gone;
+                binding.turn = None;
+                binding.failures += 1;
+                let again = now + RETRY * binding.failures.min(60);
+                self.save(key);
+                self.add("releases_failed", 1);
+                self.tell(
+                    key,
+                    NoticeKind::ReleaseFailed,
+                    "it could not be sent".into(),
+                    now,
+                );
+                self.schedule(key, again);
+            }
+        }
+    }
+
+    fn finish(&mut self, key: Key, kind: NoticeKind, reason: String, now: Time) {
+        self.retire(key, State::Released, now, false);
+        self.tell(key, kind, reason, now);
+    }
+
+    /// Gives up the place in the server's queue.
+    pub(super) fn leave_queue(&mut self, key: Key) {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        if let (Some(turn), Some(server)) = (binding.turn.take(), binding.server) {
+            self.pacing
+                .leave((key.segment, key.vlan, server), key, turn);
+        }
+    }
+}
+
+fn reason_of(findings: &[Finding], gate: Gate) -> String {
+    findings
+        .iter()
+        .find(|finding| finding.gate == gate)
+        .map(|f| f.reason.clone())
+        .unwrap_or_default()
+}
+
+/// Counters carry the gate's name, so that each has its own.
+fn held_counter(gate: Gate) -> &'static str {
+    match gate {
+        Gate::Confirmed => "held_confirmed",
+        Gate::Lease => "held_lease",
+        Gate::Dead => "held_dead",
+        Gate::Elsewhere => "held_elsewhere",
+        Gate::Unique => "held_unique",
+        Gate::HoldDown => "held_hold_down",
+        Gate::Settled => "held_settled",
+        Gate::Paused => "held_paused",
+        Gate::Breaker => "held_breaker",
+        Gate::Rate => "held_rate",
+        Gate::Kernel => "held_kernel",
+    }
+}
