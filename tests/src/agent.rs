@@ -46,6 +46,7 @@ const TIMES: [&str; 6] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     Tc,
+    Clsact,
     Xdp,
 }
 
@@ -150,6 +151,7 @@ impl Setup {
         }
         match hook {
             Hook::Tc => setup,
+            Hook::Clsact => setup.args(&["--hook", "clsact"]),
             // XDP on the VMs' ports does not see what goes to them.
             Hook::Xdp => setup.args(&["--hook", "xdp", "--commit", "request"]),
         }
@@ -578,6 +580,7 @@ impl fmt::Display for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Tc => "tc",
+            Self::Clsact => "clsact",
             Self::Xdp => "xdp",
         })
     }
@@ -589,8 +592,9 @@ impl FromStr for Hook {
     fn from_str(text: &str) -> Result<Self> {
         match text {
             "tc" => Ok(Self::Tc),
+            "clsact" => Ok(Self::Clsact),
             "xdp" => Ok(Self::Xdp),
-            other => bail!("{other:?} is none of tc, xdp"),
+            other => bail!("{other:?} is none of tc, clsact, xdp"),
         }
     }
 }

@@ -201,18 +201,34 @@ fn is_probe(frame: &Frame, ip: Ipv4Addr) -> bool {
 }
 
 /// Programs at both directions of a port.
-fn attached(port: &str) -> Result<usize> {
-    let mut programs = 0;
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Attached {
+    tcx: usize,
+    clsact: usize,
+}
+
+fn attached(port: &str) -> Result<Attached> {
+    let mut attached = Attached::default();
     for (way, direction) in [
         ("ingress", TcAttachType::Ingress),
         ("egress", TcAttachType::Egress),
     ] {
-        programs += match has_tcx()? {
-            true => SchedClassifier::query_tcx(port, direction)?.1.len(),
-            false => filters(port, way)?,
-        };
+        if has_tcx()? {
+            attached.tcx += SchedClassifier::query_tcx(port, direction)?.1.len();
+        }
+        attached.clsact += filters(port, way)?;
     }
-    Ok(programs)
+    Ok(attached)
+}
+
+/// Both ways of a VM's port, by this hook.
+fn both_ways(hook: Hook) -> Result<Attached> {
+    let none = Attached::default();
+    Ok(match hook {
+        Hook::Tc if has_tcx()? => Attached { tcx: 2, ..none },
+        Hook::Tc | Hook::Clsact => Attached { clsact: 2, ..none },
+        Hook::Xdp => none,
+    })
 }
 
 lab_test! {
@@ -463,15 +479,32 @@ lab_test! {
         Ok(())
     }
 
+    fn the_hook_may_change_with_the_next_agent() {
+        let (world, agent, _wire, mut vm, ip) = one_vm(&[])?;
+        let mut agent = agent;
+        for hook in [Hook::Clsact, Hook::Tc, Hook::Clsact] {
+            agent.stop()?;
+            agent = world.agent(hook).quick().start()?;
+            ensure!(attached("vm1")? == both_ways(hook)?, "{hook:?}: {:?}", attached("vm1")?);
+        }
+        let (mut late, late_ip) = living(&world, 2)?;
+        learned(&agent, late_ip)?;
+        for (vm, ip) in [(&mut vm, ip), (&mut late, late_ip)] {
+            vm.kill(KillKind::PortDeleted)?;
+            world.server.wait_gone(ip, PATIENCE).with_context(|| agent.log())?;
+        }
+        Ok(())
+    }
+
     fn nothing_is_left_of_an_agent() {
         let (_world, agent, _wire, _vm, _ip) = one_vm(&["--detach-on-exit"])?;
         let links = || -> Result<String> { NetNs::current()?.shell("ls /sys/class/net") };
-        ensure!(attached("vm1")? == 2, "{} programs at vm1", attached("vm1")?);
+        ensure!(attached("vm1")? == both_ways(Hook::Tc)?, "at vm1: {:?}", attached("vm1")?);
         ensure!(links()?.contains("dreclaim"), "no private link: {}", links()?);
 
         agent.stop()?;
         for port in ["vm1", UPLINK] {
-            ensure!(attached(port)? == 0, "still attached at {port}");
+            ensure!(attached(port)? == Attached::default(), "still attached at {port}");
         }
         ensure!(!links()?.contains("dreclaim"), "still there: {}", links()?);
         // The kernel puts two iterators of its own into every new BPF file system.

@@ -170,6 +170,7 @@ impl Agent {
             bpffs: settings.bpffs.clone(),
             hook: match settings.hook {
                 config::Hook::Tc => kernel::Hook::Tc,
+                config::Hook::Clsact => kernel::Hook::Clsact,
                 config::Hook::Xdp => kernel::Hook::Xdp,
             },
             debug: kernel_debug,

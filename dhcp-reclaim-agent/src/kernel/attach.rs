@@ -255,9 +255,6 @@ fn attach_by(
     (way, hook, pin): (TcAttachType, Hook, Option<&Path>),
 ) -> Result<Held, KernelError> {
     let tcx = if hook == Hook::Clsact {
-        if let Some(pin) = pin {
-            let _ = fs::remove_file(pin);
-        }
         Err("not wanted".to_owned())
     } else {
         attach_tcx(program, interface, way, pin).map_err(|error| chain(&error))
@@ -268,7 +265,13 @@ fn attach_by(
     };
     // The kernel's version says little: try.
     match attach_clsact(program, name, interface, way) {
-        Ok(held) => Ok(held),
+        Ok(held) => {
+            // What sat on tcx before goes with its pin.
+            if let Some(pin) = pin {
+                let _ = fs::remove_file(pin);
+            }
+            Ok(held)
+        }
         Err(_) if interface_name(ifindex).is_none() => Err(KernelError::PortGone { ifindex }),
         Err(error) => Err(KernelError::Attach {
             program: name,

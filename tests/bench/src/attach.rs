@@ -36,20 +36,40 @@ const SECTION: &str = "attach";
 pub fn rows(quick: bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let (many, samples) = if quick { (200, 20) } else { (1000, 100) };
-    for ports in [10, many] {
-        rows.extend(beside(ports, samples)?);
+    for (ports, way) in [(10, &BY_TCX), (many, &BY_TCX), (many, &BY_CLSACT)] {
+        rows.extend(beside(ports, samples, way)?);
     }
-    for args in [
-        &["--detach-on-exit"][..],
-        &["--detach-on-exit", "--expedite"],
-    ] {
-        rows.extend(containers(if quick { 100 } else { 500 }, args)?);
+    for way in [&BY_TCX, &EXPEDITED, &BY_CLSACT] {
+        rows.extend(containers(if quick { 100 } else { 500 }, way)?);
     }
     Ok(rows)
 }
 
+/// How an agent attaches its programs, and what that is called in the table.
+struct Way {
+    hook: Hook,
+    args: &'static [&'static str],
+    said: &'static str,
+}
+
+const BY_TCX: Way = Way {
+    hook: Hook::Tc,
+    args: &["--detach-on-exit"],
+    said: "",
+};
+const EXPEDITED: Way = Way {
+    hook: Hook::Tc,
+    args: &["--detach-on-exit", "--expedite"],
+    said: ", `--expedite`",
+};
+const BY_CLSACT: Way = Way {
+    hook: Hook::Clsact,
+    args: &["--detach-on-exit"],
+    said: ", `--hook clsact`",
+};
+
 /// One port more, beside so many.
-fn beside(ports: usize, samples: usize) -> Result<Vec<Row>> {
+fn beside(ports: usize, samples: usize, way: &Way) -> Result<Vec<Row>> {
     lab::sweep()?;
     let node = Node::new()?;
     let far = NetNs::new()?;
@@ -62,7 +82,7 @@ fn beside(ports: usize, samples: usize) -> Result<Vec<Row>> {
         })
         .collect();
     batch(&node.netns, &lines)?;
-    let setup = Setup::new(Place::Local, Hook::Tc).args(&["--detach-on-exit"]);
+    let setup = Setup::new(Place::Local, way.hook).args(way.args);
     let agent = setup.start()?;
     agent.until("all ports", Duration::from_secs(120), |agent| {
         Ok((agent.stat("ports")? >= ports as u64).then_some(()))
@@ -77,7 +97,7 @@ fn beside(ports: usize, samples: usize) -> Result<Vec<Row>> {
         both.push(told.as_secs_f64() * 1e3);
     }
     agent.stop_within(Duration::from_secs(120))?;
-    let name = format!("a port more, beside {ports}");
+    let name = format!("a port more, beside {ports}{}", way.said);
     let mut rows = Vec::new();
     for (what, times) in [
         ("its first frame is seen", &first),
@@ -142,12 +162,12 @@ fn batch(netns: &NetNs, lines: &[String]) -> Result<()> {
 }
 
 /// Containers that ask for a lease the moment that their link is up, some at a time.
-fn containers(count: usize, args: &[&str]) -> Result<Vec<Row>> {
+fn containers(count: usize, way: &Way) -> Result<Vec<Row>> {
     const AT_A_TIME: usize = 5;
 
     lab::sweep()?;
     let world = World::with_pool(ServerKind::Kea, Place::Remote, lab::pool(count)?)?;
-    let agent = world.agent(Hook::Tc).args(args).start()?;
+    let agent = world.agent(way.hook).args(way.args).start()?;
     let begin = now();
     let numbers: Vec<usize> = (0..count).collect();
     let taken: Vec<_> = thread::scope(|scope| {
@@ -190,9 +210,7 @@ fn containers(count: usize, args: &[&str]) -> Result<Vec<Row>> {
         SECTION,
         format!(
             "{count} containers that ask the moment their link is up{}: leases missed",
-            args.get(1)
-                .map(|arg| format!(", `{arg}`"))
-                .unwrap_or_default()
+            way.said
         ),
         missed as f64,
         "leases",

@@ -261,7 +261,7 @@ fn in_front(port: &Port, all: &[Seen], hook: Hook, chart: &mut Chart) {
     let link = all.iter().find(|link| link.ifindex == port.ifindex);
     if let Some(id) = link.and_then(|link| link.xdp)
         && !is_ours(id)
-        && hook == Hook::Tc
+        && hook != Hook::Xdp
     {
         chart.warn(
             "port",
