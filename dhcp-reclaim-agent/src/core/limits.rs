@@ -152,4 +152,41 @@ mod tests {
         assert!(breaker.recovered(key(2), 4, RULE));
         assert_eq!(breaker.opened_at(), None);
     }
+
+    #[test]
+    fn a_window_ends_where_the_next_begins() {
+        let mut breaker = Breaker::default();
+        for (n, secs) in [(1, 0), (2, 1), (3, 60)] {
+            breaker.died(key(n), at(secs), 9, RULE);
+        }
+        assert_eq!(breaker.deaths(), 2, "the first had left it");
+    }
+
+    #[test]
+    fn what_was_released_in_the_window_belongs_to_the_total() {
+        let mut breaker = Breaker::default();
+        for n in 1..=3 {
+            breaker.died(key(n), at(0), 8, RULE);
+            breaker.released(key(n));
+            breaker.released(key(n));
+        }
+        // Half of eight, of which five still live.
+        breaker.died(key(4), at(1), 5, RULE);
+        assert_eq!(breaker.opened_at(), None);
+        breaker.died(key(5), at(2), 5, RULE);
+        assert_eq!(breaker.opened_at(), Some(at(2)));
+    }
+
+    #[test]
+    fn who_was_released_and_comes_back_counts_once() {
+        let mut breaker = Breaker::default();
+        for n in 1..=2 {
+            breaker.died(key(n), at(0), 8, RULE);
+            breaker.released(key(n));
+        }
+        assert_eq!(breaker.allowed(6, RULE), 4);
+        assert!(!breaker.recovered(key(1), 7, RULE));
+        assert_eq!(breaker.deaths(), 1);
+        assert_eq!(breaker.allowed(6, RULE), 3);
+    }
 }
