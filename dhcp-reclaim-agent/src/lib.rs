@@ -12,6 +12,7 @@ mod errors;
 pub mod kernel;
 pub mod leasefile;
 pub mod metrics;
+mod netlink;
 pub mod packet;
 pub mod ports;
 pub mod sandbox;

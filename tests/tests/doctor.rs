@@ -27,7 +27,6 @@ use serde::Deserialize;
 
 const CONTROL: &str = "/run/lab/control.sock";
 const PORT: &str = "vm1";
-const NETFILTER: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
 
 #[derive(Clone, Debug, Deserialize)]
 struct Finding {
@@ -85,10 +84,6 @@ fn mend(finding: &Finding) -> Result<()> {
 /// A bridge with a VM's port.
 fn node() -> Result<(Node, Vm)> {
     let node = Node::new()?;
-    if Path::new(NETFILTER).exists() {
-        // What a machine's modules bring along is no part of a healthy node.
-        fs::write(NETFILTER, "0")?;
-    }
     let mut vm = Vm::off(&node, PORT, vm_mac(1))?;
     vm.plug_in()?;
     Ok((node, vm))
@@ -288,14 +283,20 @@ lab_test! {
         agent.stop()
     }
 
-    fn netfilter_between_the_bridges() {
-        let (_node, _vm) = node()?;
-        if !Path::new(NETFILTER).exists() {
-            return dhcp_reclaim_tests::sandbox::skip("no br_netfilter");
+    fn a_filter_between_the_agent_and_the_bridge() {
+        let (node, _vm) = node()?;
+        let chain = "{ type filter hook output priority 0; policy drop; }";
+        for line in [
+            "add table bridge guard".to_owned(),
+            format!("add chain bridge guard leaving {chain}"),
+            "add chain bridge guard jumped_to".to_owned(),
+        ] {
+            node.netns.shell(&format!("nft '{line}'"))?;
         }
-        fs::write(NETFILTER, "1")?;
-        let found = amiss(&doctor(HERE)?, "bridge-nf", "warn")?;
-        mend(&found)?;
+        let found = amiss(&doctor(HERE)?, "bridge-filter", "warn")?;
+        let told = found.mend.as_deref().unwrap_or_default();
+        ensure!(told.ends_with("nft list chain bridge guard leaving"), "{found:?}");
+        node.netns.shell("nft delete table bridge guard")?;
         clean(&doctor(HERE)?)
     }
 

@@ -131,6 +131,7 @@ const NEEDS: &[Need] = &[
         "stands between the lab's guests and a server"
     ),
     program!("ip", "iproute2", "makes the lab's links"),
+    program!("nft", "nftables", "puts filters into the lab's way"),
     program!("busybox", "busybox", "pings in the lab"),
     program!(
         "bpftool",

@@ -9,14 +9,14 @@ use aya::programs::{
 };
 use netlink_packet_route::{RouteNetlinkMessage, tc::TcMessage};
 use rtnetlink::{
-    packet_core::{
-        NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkMessage,
-        NlasIterator,
-    },
-    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage},
+    sys::protocols::NETLINK_ROUTE,
 };
 
-use crate::core::IfIndex;
+use crate::{
+    core::IfIndex,
+    netlink::{self, attribute, text, u32_at},
+};
 
 const RTM_NEWTFILTER: u16 = 44;
 /// `struct tcmsg`.
@@ -75,52 +75,23 @@ fn list(ifindex: IfIndex, parent: u32) -> io::Result<Vec<Filter>> {
     let mut request = vec![0; message.buffer_len()];
     message.serialize(&mut request);
 
-    let socket = Socket::new(NETLINK_ROUTE)?;
-    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
     let mut filters = Vec::new();
-    loop {
-        let (datagram, _) = socket.recv_from_full()?;
-        let mut rest = datagram.as_slice();
-        while !rest.is_empty() {
-            let message = NetlinkBuffer::new_checked(rest).map_err(io::Error::other)?;
-            match message.message_type() {
-                NLMSG_DONE => return Ok(filters),
-                NLMSG_ERROR => {
-                    let errno = u32_at(message.payload(), 0).unwrap_or_default();
-                    return Err(io::Error::from_raw_os_error(-errno.cast_signed()));
-                }
-                RTM_NEWTFILTER => filters.extend(filter(message.payload())),
-                _ => {}
-            }
-            let length = usize::try_from(message.length()).unwrap_or(usize::MAX);
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    netlink::dump(NETLINK_ROUTE, &request, |kind, payload| {
+        if kind == RTM_NEWTFILTER {
+            filters.extend(filter(payload));
         }
-    }
+    })?;
+    Ok(filters)
 }
 
 /// `None` for what is no BPF filter.
 fn filter(payload: &[u8]) -> Option<Filter> {
     let (header, attributes) = payload.split_at_checked(HEADER)?;
     let options = attribute(attributes, TCA_OPTIONS)?;
-    let name = attribute(&options, TCA_BPF_NAME)?;
-    let name = name.strip_suffix(&[0]).unwrap_or(&name);
     Some(Filter {
-        name: String::from_utf8_lossy(name).into_owned(),
+        name: text(&options, TCA_BPF_NAME)?,
         program: u32_at(&attribute(&options, TCA_BPF_ID)?, 0)?,
         priority: (u32_at(header, TCM_INFO)? >> 16) as u16,
         handle: u32_at(header, TCM_HANDLE)?,
     })
-}
-
-fn attribute(attributes: &[u8], kind: u16) -> Option<Vec<u8>> {
-    // Options are marked as nested by newer kernels.
-    const KIND: u16 = 0x3fff;
-    let mut all = NlasIterator::new(attributes).map_while(Result::ok);
-    all.find(|attribute| attribute.kind() & KIND == kind)
-        .map(|attribute| attribute.value().to_vec())
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    let bytes = bytes.get(at..)?.first_chunk()?;
-    Some(u32::from_ne_bytes(*bytes))
 }

@@ -44,6 +44,7 @@ const TOOLS: &[&str] = &[
     "mkdir",
     "mount",
     "mv",
+    "nft",
     "nsenter",
     "rm",
     "script",
@@ -83,6 +84,7 @@ const MODULES: &[&str] = &[
     "sch_netem",
     "dummy",
     "macvtap",
+    "nf_tables",
 ];
 
 /// Everything but the kernel's modules and the plan, which are added for each kernel.

@@ -13,7 +13,7 @@ use netlink_packet_route::link::{
     MacVtapMode, XdpAttached,
 };
 
-use super::{Chart, host::processes_with};
+use super::{Chart, host::processes_with, netfilter};
 use crate::{
     config::{Hook, LeaseQuery, Settings},
     core::{IfIndex, Port, Role, Vlan, Vlans},
@@ -94,8 +94,7 @@ pub(super) fn look(settings: &Settings, chart: &mut Chart) {
             "give such VMs a tap on the bridge: -netdev tap, or <interface type='bridge'>",
         );
     }
-    let netfilter = fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables");
-    bridge_nf(netfilter.ok().as_deref(), chart);
+    netfilter::look(chart);
     for (ifindex, name) in &followed.bridges {
         port_67(*ifindex, name, settings.leasequery, chart);
     }
@@ -404,7 +403,7 @@ fn passes_by(link: &Seen, all: &[Seen], followed: &Followed, chart: &mut Chart) 
         chart.warn(
             "ovs",
             format!("{name} is a port of an OVS datapath: its VM is not seen"),
-            "put the VMs on a Linux bridge, and that on the OVS port",
+            "put the VMs on a Linux bridge, and that on the OVS port, which is its --uplink",
         );
     }
     let virtual_functions =
@@ -434,17 +433,6 @@ fn is_tap(name: &str) -> bool {
     let flags = fs::read_to_string(format!("/sys/class/net/{name}/tun_flags")).unwrap_or_default();
     let flags = flags.trim().trim_start_matches("0x");
     u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & 2 != 0)
-}
-
-fn bridge_nf(setting: Option<&str>, chart: &mut Chart) {
-    match setting.map(str::trim) {
-        Some("1") => chart.warn(
-            "bridge-nf",
-            "iptables sees the bridges' frames: a rule there can drop or rewrite a RELEASE",
-            "sysctl -w net.bridge.bridge-nf-call-iptables=0",
-        ),
-        _ => chart.ok("bridge-nf", "iptables does not see the bridges' frames"),
-    }
 }
 
 fn port_67(bridge: IfIndex, name: &str, leasequery: LeaseQuery, chart: &mut Chart) {
@@ -607,14 +595,6 @@ mod tests {
             let found = one(|chart| vlans(BR0, filtering, &followed(own, tunnel), chart));
             assert_eq!(found, ("vlan", health, mend.to_owned()));
         }
-    }
-
-    #[test]
-    fn netfilter_between_bridges_is_told() {
-        let found = one(|chart| bridge_nf(Some("1\n"), chart));
-        let mend = "sysctl -w net.bridge.bridge-nf-call-iptables=0".to_owned();
-        assert_eq!(found, ("bridge-nf", Health::Warn, mend));
-        assert_eq!(one(|chart| bridge_nf(None, chart)).1, Health::Ok);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod files;
 mod host;
 mod links;
+mod netfilter;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
