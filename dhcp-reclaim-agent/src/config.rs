@@ -17,7 +17,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, de};
 
 pub use self::{
-    source::Source,
+    source::{AT_START, Source},
     span::{ParseSpanError, Span},
 };
 use crate::{
@@ -223,6 +223,9 @@ pub struct Options {
     #[arg(long, value_name = "WHAT")]
     pub commit: Option<Commit>,
     /// Mount point of the BPF file system [default: /sys/fs/bpf]
+    ///
+    /// Of this one and of the two that follow: the unit of the package writes nowhere else; another path
+    /// takes a drop-in with `ReadWritePaths=`, and is yours to remove.
     #[arg(long, value_name = "PATH")]
     pub bpffs: Option<PathBuf>,
     /// Socket that the other commands talk to, for root only
@@ -280,7 +283,8 @@ pub struct Options {
     /// On both roads: with its port lost, and with its port up.
     #[arg(long, value_name = "COUNT", help_heading = "When a VM is dead")]
     pub misses: Option<u32>,
-    /// Port lost, no uplink on the bridge: silence until the VM is gone [default: 2s]
+    /// Port deleted, or a tap's carrier lost, no uplink on the bridge: silence until the VM is gone
+    /// [default: 2s]
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub hold_down: Option<Span>,
     /// The same where the bridge has an uplink, so that the VM may be moving [default: 10s]
@@ -290,7 +294,9 @@ pub struct Options {
     pub hold_down_uplink: Option<Span>,
     /// Port up but silent: a paused or rebooting VM looks like this [default: 5m]
     ///
-    /// It must be longer than pauses, reboots and crash dumps take.
+    /// It must be longer than pauses, reboots and crash dumps take. The same is waited for where a port
+    /// was taken off the bridge or set down, a veth's far end is down, or the port went while no agent
+    /// ran.
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub hold_down_silent: Option<Span>,
     /// Whether a silent address is released while its port is up [default: release]

@@ -77,6 +77,16 @@ const STUBS: &[Stub] = &[
         accepts: &["net-list --all", "net-dumpxml default"],
     },
     Stub {
+        program: "bridge",
+        reason: "no bridge of this name here",
+        accepts: &["vlan add vid 100 dev vmbr0 self"],
+    },
+    Stub {
+        program: "tcpdump",
+        reason: "it ends when its reader has seen enough",
+        accepts: &["-eni eth0 udp port 67"],
+    },
+    Stub {
         program: "qm",
         reason: "no Proxmox VE here",
         accepts: &["list", "config 100"],
@@ -93,6 +103,9 @@ const STUBS: &[Stub] = &[
             "apply -f packaging/kubernetes/dhcp-reclaim.yaml",
             "-n dhcp-reclaim rollout status daemonset/dhcp-reclaim",
             "-n dhcp-reclaim exec daemonset/dhcp-reclaim -- dhcp-reclaim list",
+            "-n dhcp-reclaim edit configmap dhcp-reclaim",
+            "-n dhcp-reclaim rollout restart daemonset/dhcp-reclaim",
+            "delete -f packaging/kubernetes/dhcp-reclaim.yaml",
             "get network-attachment-definitions --all-namespaces",
             "get virtualmachineinstances --all-namespaces",
         ],

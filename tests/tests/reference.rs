@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, env, fs, path::Path};
 use clap::{Arg, Command};
 use dhcp_reclaim_agent::{
     cli,
-    config::{Options, Settings},
+    config::{AT_START, Options, Settings},
     core::{self, NoticeKind, State, gates::Gate},
 };
 use dhcp_reclaim_ebpf::abi::Counter;
@@ -125,7 +125,10 @@ fn reference() -> String {
             .filter(|arg| is_key(arg))
             .collect();
         if !keys.is_empty() {
-            let keys = table(&keys, |name| format!("`{name}`"));
+            let keys = table(&keys, |name| match AT_START.contains(&name) {
+                true => format!("`{name}` †"),
+                false => format!("`{name}`"),
+            });
             text.push_str(&format!("\n## {heading}\n\n{keys}"));
         }
     }
@@ -253,7 +256,9 @@ fn every_event_is_described() {
 
 #[test]
 fn every_state_is_described() {
-    ensure_listed("operations.md", "States", owned(variants::<State>()));
+    let imported = "imported".to_owned();
+    let states = owned(variants::<State>()).into_iter().chain([imported]);
+    ensure_listed("operations.md", "States", states);
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub struct Args {
     sort: Column,
     /// Only those in this state; may be repeated
     #[arg(long, value_name = "STATE", value_delimiter = ',', value_parser = state_parser())]
-    state: Vec<State>,
+    state: Vec<String>,
     /// Only those of this port, by name or glob; may be repeated
     #[arg(long, value_name = "GLOB")]
     port: Vec<Glob>,
@@ -81,12 +81,10 @@ const STATES: [State; 10] = [
     State::Moved,
 ];
 
-fn state_parser() -> impl clap::builder::TypedValueParser<Value = State> {
-    use clap::builder::{PossibleValuesParser, TypedValueParser as _};
-    PossibleValuesParser::new(STATES.map(State::name)).try_map(|name| {
-        let found = STATES.into_iter().find(|state| state.name() == name);
-        found.ok_or_else(|| format!("no state is called {name}"))
-    })
+/// The words of the column, of which one is no state of the core's: see [`state`].
+fn state_parser() -> clap::builder::PossibleValuesParser {
+    let states = STATES.map(State::name);
+    clap::builder::PossibleValuesParser::new(states.into_iter().chain(["imported"]))
 }
 
 pub fn main(args: &Args) -> anyhow::Result<()> {
@@ -133,7 +131,7 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
 
 impl Args {
     fn wants(&self, binding: &BindingView) -> bool {
-        let state = self.state.is_empty() || self.state.contains(&binding.state);
+        let state = self.state.is_empty() || self.state.contains(&state(binding));
         let port = self.port.is_empty() || self.port.iter().any(|it| it.matches(&binding.port));
         state && port
     }
@@ -338,6 +336,10 @@ IP               MAC                SERVER         PORT    STATE  LEASE  SEEN
             with(9, "vnet2", State::Bound, 1),
             with(11, "tap0", State::Bound, 2),
         ];
+        let told = BindingView {
+            origin: Origin::Imported,
+            ..with(12, "", State::Requested, 4)
+        };
         let mut order = |column| {
             sort(&mut bindings, column);
             bindings
@@ -358,10 +360,13 @@ IP               MAC                SERVER         PORT    STATE  LEASE  SEEN
         }
         let wanted = |words: &[&str]| {
             let args = <Line as clap::Parser>::parse_from([&["list"], words].concat()).args;
-            let wanted = bindings.iter().filter(|it| args.wants(it));
+            let all = bindings.iter().chain([&told]);
+            let wanted = all.filter(|it| args.wants(it));
             wanted.map(|it| it.ip.octets()[3]).collect::<Vec<_>>()
         };
-        assert_eq!(wanted(&[]), [9, 10, 11]);
+        assert_eq!(wanted(&[]), [9, 10, 11, 12]);
+        assert_eq!(wanted(&["--state", "imported"]), [12]);
+        assert_eq!(wanted(&["--state", "requested"]), [0_u8; 0]);
         assert_eq!(wanted(&["--state", "gone"]), [10]);
         assert_eq!(
             wanted(&["--state", "gone,bound", "--port", "vnet*"]),
