@@ -510,6 +510,7 @@ impl Settings {
             burst: self.burst,
             bindings_per_port: usize::try_from(self.bindings_per_port).unwrap_or(usize::MAX),
             leasequery: self.leasequery == LeaseQuery::Auto,
+            blind_to_tags: self.hook == Hook::Xdp,
             ..Policy::default()
         }
     }
@@ -1037,7 +1038,7 @@ mod tests {
             (
                 "hook = \"tcx\"\n",
                 "/etc/dr.toml:1:8: `hook`",
-                "`tc` or `xdp`",
+                "`tc`, `clsact`, `xdp`",
             ),
             (
                 "port = [\"a/b\"]\n",

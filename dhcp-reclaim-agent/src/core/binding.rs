@@ -145,6 +145,8 @@ pub struct Watching {
     pub deaf: bool,
     /// Its port is gone, and what was seen elsewhere until then has not been looked at yet.
     pub closing: bool,
+    /// It is to begin anew, once what was seen until now has been looked at.
+    pub anew: bool,
 }
 
 impl Binding {

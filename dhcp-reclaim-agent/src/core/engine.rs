@@ -67,6 +67,8 @@ struct PortInfo {
 #[derive(Clone, Debug)]
 struct Segment {
     settled_at: Time,
+    /// Since when all of its ports are watched: who came by the latest of them before that was not heard.
+    watched_at: Time,
     uplinks: BTreeSet<IfIndex>,
     /// It has one, or had: without it, a VM that moved is only out of sight.
     had_uplink: bool,
@@ -283,6 +285,7 @@ impl Engine {
         let settled_at = self.started_at + self.policy.settle;
         self.segments.entry(id).or_insert_with(|| Segment {
             settled_at,
+            watched_at: Time::ZERO,
             uplinks: BTreeSet::new(),
             had_aside: false,
             had_uplink: false,
@@ -389,6 +392,7 @@ impl Engine {
             uplink: self.has_uplink(key.segment),
             bridge_gone: self.is_gone(key.segment),
             settled_at,
+            watched_at: segment.map_or(Time::ZERO, |segment| segment.watched_at),
             paused: self.operator.paused.as_deref(),
             by: self.ordered_by(key),
             breaker: &self.breaker,

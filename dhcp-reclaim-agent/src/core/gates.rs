@@ -139,6 +139,8 @@ pub struct Case<'a> {
     pub bridge_gone: bool,
     /// Nothing is released before this.
     pub settled_at: Time,
+    /// Since when all ports of the segment are watched.
+    pub watched_at: Time,
     /// Why nothing of the node may be released, if a person says so.
     pub paused: Option<&'a str>,
     pub breaker: &'a Breaker,
@@ -203,6 +205,11 @@ impl Case<'_> {
         }
         if let Some(reason) = self.segment_held {
             return hold(reason);
+        }
+        if self.policy.blind_to_tags && (self.vlans.is_some() || binding.key.vlan != 0) {
+            return hold(
+                "by XDP not every VLAN tag is seen, so it may be alive unseen: `hook = \"tc\"`",
+            );
         }
         if let Some(vlans) = self.vlans {
             let vlan = binding.key.vlan;
@@ -294,6 +301,9 @@ impl Case<'_> {
         if !evidence.armed {
             return hold("the watch is not armed");
         }
+        if watching.anew {
+            return hold("something new was said of it, and it has not been looked at since");
+        }
         if let Some(at) = evidence.own_at.filter(|at| *at >= watching.armed_at) {
             return hold(format!("a frame of it came {} ago", secs(now.since(at))));
         }
@@ -314,6 +324,10 @@ impl Case<'_> {
             .is_some_and(|at| now.since(at) < self.probe_wait())
         {
             return hold("the latest probe may still be answered");
+        }
+        if watching.everywhere && watching.probed_at.is_some_and(|at| at <= self.watched_at) {
+            // Its VM may be behind that, and what it said before was not heard.
+            return hold("a port is watched only since its latest probe left");
         }
         let end = Self::hold_began(watching) + self.hold();
         let is_early = |at: Time| at + self.probe_wait() < end;

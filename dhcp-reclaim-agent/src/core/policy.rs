@@ -51,6 +51,8 @@ pub struct Policy {
     pub bindings_per_port: usize,
     /// Whether servers are asked what became of a RELEASE.
     pub leasequery: bool,
+    /// VLAN tags are not seen where a network card or a veth keeps them beside the frame: by XDP.
+    pub blind_to_tags: bool,
     /// Gates that are not asked: what the simulation takes away to see what each is for.
     pub without: BTreeSet<Gate>,
 }
@@ -77,6 +79,7 @@ impl Default for Policy {
             burst: 32,
             bindings_per_port: 256,
             leasequery: true,
+            blind_to_tags: false,
             without: BTreeSet::new(),
         }
     }

@@ -381,6 +381,100 @@ fn a_lost_port_is_probed_at_once_and_released_after_the_hold_down() {
     assert_eq!(bench.releases(), 1, "once");
 }
 
+/// What a VM says by a port before that is watched, nobody hears.
+#[test]
+fn a_port_that_comes_late_is_asked_before_anything_is_released() {
+    for is_new in [true, false] {
+        let mut bench = settled();
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(Duration::from_millis(1900));
+        let probes = bench.probes();
+        assert_eq!(probes, 3);
+        let port = if is_new { 13 } else { OTHER_PORT };
+        bench.port(port, "late", Role::Vm);
+        bench.pass(Duration::from_millis(500));
+        assert_eq!(bench.releases(), 0, "nobody behind it was asked");
+        assert_eq!(bench.probes(), probes + 1);
+        let mut lives = bench.engine.clone();
+        bench.pass(secs(1));
+        assert_eq!(bench.releases(), 1);
+        // The same, and it answers.
+        std::mem::swap(&mut bench.engine, &mut lives);
+        bench.seen.clear();
+        bench.lives_at = Some(port);
+        bench.pass(secs(1));
+        assert_eq!(bench.releases(), 0);
+        assert_eq!(bench.state(KEY), Some(State::Bound));
+    }
+}
+
+#[test]
+fn a_port_that_comes_while_the_dead_wait_is_asked_too() {
+    let mut bench = settled();
+    bench.engine.pause("an upgrade".to_owned(), bench.now);
+    bench.carry_out();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(5));
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    bench.port(13, "late", Role::Vm);
+    let probes = bench.probes();
+    bench.engine.resume("root", bench.now);
+    bench.carry_out();
+    bench.pass(Duration::from_millis(500));
+    assert_eq!(bench.releases(), 0);
+    bench.pass(secs(3));
+    assert!(bench.probes() > probes);
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn what_was_seen_is_looked_at_before_silence_begins_anew() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(1));
+    // Its announcement from beyond, once; and then somebody claims its address.
+    bench.evidence.elsewhere = Some((bench.now, UPLINK));
+    bench.message(bench.request(OTHER_PORT, OTHER, IP));
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+}
+
+#[test]
+fn a_vm_that_is_plugged_in_restarts_nobodys_hold_down() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(1));
+    bench.port(13, "new", Role::Vm);
+    bench.tell(Event::PvidChanged { port: 13 });
+    bench.pass(secs(2));
+    assert_eq!(bench.releases(), 1, "3 s, of which 2 s are the hold-down");
+
+    let mut bench = settled();
+    bench.lease(OTHER_PORT, OTHER, Ipv4Addr::new(10, 0, 0, 2));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(1));
+    // What was said by it was taken for another VLAN's.
+    bench.tell(Event::PvidChanged { port: OTHER_PORT });
+    bench.pass(secs(2));
+    assert_eq!(bench.releases(), 0);
+}
+
 #[test]
 fn with_an_uplink_the_hold_down_is_longer_and_the_uplink_must_be_heard() {
     let mut bench = settled();

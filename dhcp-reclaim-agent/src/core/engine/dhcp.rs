@@ -558,7 +558,12 @@ impl Engine {
     }
 
     /// Somebody else has a say in a binding: it holds until its VM is heard by its own port.
-    pub(super) fn in_conflict(&mut self, key: Key, reason: String, now: Time) {
+    fn in_conflict(&mut self, key: Key, reason: String, now: Time) {
+        self.conflict(key, reason, now);
+        self.restart_hold(key, now);
+    }
+
+    pub(super) fn conflict(&mut self, key: Key, reason: String, now: Time) {
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
@@ -572,7 +577,6 @@ impl Engine {
             self.tell(key, NoticeKind::Conflict, reason, now);
             self.save(key);
         }
-        self.restart_hold(key, now);
     }
 
     fn given_up(

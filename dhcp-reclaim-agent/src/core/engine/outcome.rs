@@ -112,6 +112,7 @@ impl Engine {
             everywhere: true,
             deaf: false,
             closing: false,
+            anew: false,
         });
         let mac = binding.chaddr;
         self.actions.push_back(Action::Arm {

@@ -15,6 +15,7 @@ impl Engine {
         let segment = self.segment(port.segment);
         segment.had_uplink |= port.role == Role::Uplink;
         segment.had_aside |= port.role == Role::Aside;
+        segment.watched_at = now;
         if port.role == Role::Uplink && segment.uplinks.insert(port.ifindex) {
             segment.settled_at = segment.settled_at.max(settle);
         }
@@ -147,6 +148,7 @@ impl Engine {
         let segment = info.port.segment;
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
         let transactions: Vec<_> = info.transactions.iter().copied().collect();
+        let is_new = keys.is_empty() && transactions.is_empty() && info.port.role == Role::Vm;
         for (xid, mac) in transactions {
             self.close_transaction(port, xid, mac);
         }
@@ -154,7 +156,12 @@ impl Engine {
             let reason = "its port's untagged frames belong to another VLAN now".to_owned();
             self.end(key, State::Moved, reason, now);
         }
-        self.look_anew(segment, now);
+        if is_new {
+            // As tools plug in a VM: nobody had a lease by it, and who it is says so when asked again.
+            self.segment(segment).watched_at = now;
+        } else {
+            self.look_anew(segment, now);
+        }
     }
 
     /// A link that had been detached is a port again, perhaps of another bridge.

@@ -86,9 +86,13 @@ impl Engine {
             .bindings
             .get(&key)
             .is_some_and(|binding| match binding.check {
-                Check::Watching(watching) => watching
-                    .probed_at
-                    .is_none_or(|at| now.since(at) >= self.policy.probe_interval),
+                Check::Watching(watching) => {
+                    let round = match stop.gate {
+                        Gate::Dead => self.round(key),
+                        _ => self.policy.probe_interval,
+                    };
+                    watching.probed_at.is_none_or(|at| now.since(at) >= round)
+                }
                 Check::Idle | Check::Glancing => false,
             });
         if probe_due {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Engine, TRANSACTION, holds};
+use super::{Engine, RETRY, TRANSACTION, holds};
 use crate::core::{
     binding::{Binding, Check, Doubt, Origin, Watching},
     gates::{Gate, secs},
@@ -98,6 +98,18 @@ impl Engine {
                     (None, Some((_, loss))) => self.search(key, (now, loss), now),
                 }
             }
+            Check::Watching(watching) if watching.anew => {
+                let latest = evidence.own_at.max(evidence.address_at);
+                let latest = latest.max(evidence.elsewhere.map(|(at, _)| at));
+                if latest.is_some_and(|at| at >= watching.armed_at) {
+                    self.watched(key, watching, evidence, now);
+                }
+                // It is at rest by now, or elsewhere; or it was not seen.
+                match self.bindings.get(&key).map(|binding| binding.check) {
+                    Some(Check::Watching(it)) if it.anew => self.begin_anew(key, it, now),
+                    _ => {}
+                }
+            }
             Check::Watching(watching) => self.watched(key, watching, evidence, now),
         }
     }
@@ -179,7 +191,7 @@ impl Engine {
         };
         if std::mem::take(&mut binding.vetoed) {
             // The kernel saw what this look did not: silence begins anew.
-            self.restart_hold(key, now);
+            self.begin_anew(key, watching, now);
             return;
         }
         let mut watching = watching;
@@ -347,7 +359,8 @@ impl Engine {
         if watching.lost.is_none() {
             // Its own port is up: it is plugged in twice, or a neighbour speaks in its name, who
             // must not come to own it by that. It can be followed once its port is gone.
-            self.in_conflict(key, format!("seen behind {name} too"), now);
+            self.conflict(key, format!("seen behind {name} too"), now);
+            self.begin_anew(key, watching, now);
             return;
         }
         // Its old port is gone and a VM's port of ours has it: it was plugged in anew.
@@ -435,7 +448,7 @@ impl Engine {
 
     /// Time between two probes: on the fast road they share the hold-down, and while a VM still
     /// counts as alive an answer is looked for first.
-    fn round(&self, key: Key) -> Duration {
+    pub(super) fn round(&self, key: Key) -> Duration {
         let Some(binding) = self.bindings.get(&key) else {
             return self.policy.probe_interval;
         };
@@ -566,6 +579,7 @@ impl Engine {
             everywhere,
             deaf: false,
             closing: false,
+            anew: false,
         });
         binding.evidence = None;
         self.leave_queue(key);
@@ -587,29 +601,35 @@ impl Engine {
         }
     }
 
-    /// Something new was said about a binding whose death is being looked into: look anew.
+    /// Something new was said about a binding whose death is being looked into: silence begins anew, and
+    /// what was seen until now is not forgotten unseen.
     pub(super) fn restart_hold(&mut self, key: Key, now: Time) {
         let Some(binding) = self
             .bindings
-            .get(&key)
+            .get_mut(&key)
             .filter(|binding| binding.state != State::Releasing)
         else {
             return;
         };
-        if let Check::Watching(watching) = binding.check {
-            self.begin_watch(
-                key,
-                watching.lost.map(|(_, loss)| (now, loss)),
-                watching.everywhere,
-                now,
-            );
-            if watching.deaf
-                && let Some(Check::Watching(anew)) = self.bindings.get(&key).map(|b| b.check)
-            {
-                self.set_check(key, Check::Watching(Watching { deaf: true, ..anew }));
-            }
-            self.send_probes(key, now);
+        let Check::Watching(watching) = &mut binding.check else {
+            return;
+        };
+        watching.anew = true;
+        let own_port = Some(binding.port).filter(|_| watching.lost.is_none());
+        let mac = binding.chaddr;
+        self.actions.push_back(Action::Look { key, mac, own_port });
+        self.schedule(key, now + RETRY);
+    }
+
+    fn begin_anew(&mut self, key: Key, watching: Watching, now: Time) {
+        let lost = watching.lost.map(|(_, loss)| (now, loss));
+        self.begin_watch(key, lost, watching.everywhere, now);
+        if watching.deaf
+            && let Some(Check::Watching(anew)) = self.bindings.get(&key).map(|b| b.check)
+        {
+            self.set_check(key, Check::Watching(Watching { deaf: true, ..anew }));
         }
+        self.send_probes(key, now);
     }
 
     /// How long a quiet VM is left alone: as long as it takes to look at all others.

@@ -43,6 +43,7 @@ impl World {
                 everywhere: true,
                 deaf: false,
                 closing: false,
+                anew: false,
             },
             evidence: Evidence {
                 armed: true,
@@ -71,6 +72,7 @@ impl World {
             uplink: self.uplink,
             bridge_gone: false,
             settled_at: Time::ZERO,
+            watched_at: Time::ZERO,
             paused: self.paused,
             breaker: &Breaker::default(),
             pacing: &Pacing::new(50, 32),
@@ -214,4 +216,22 @@ fn what_was_seen_elsewhere_counts_from_the_watch_on() {
         moved.says(Gate::Elsewhere),
         (Verdict::Hold, "the VM moved".to_owned())
     );
+}
+
+#[test]
+fn by_xdp_nothing_that_has_a_vlan_is_released() {
+    let xdp = |vlan| {
+        World::with(|world| {
+            world.policy.blind_to_tags = true;
+            world.binding.key.vlan = vlan;
+        })
+    };
+    assert_eq!(xdp(0).says(Gate::Confirmed).0, Verdict::Pass);
+    assert!(xdp(10).reason(Gate::Confirmed).starts_with("by XDP"));
+}
+
+#[test]
+fn a_watch_that_is_to_begin_anew_shows_nothing() {
+    let world = World::with(|world| world.watching.anew = true);
+    assert!(world.reason(Gate::Dead).starts_with("something new"));
 }
