@@ -34,6 +34,7 @@ pub const COUNTERS: &[&str] = &[
     "messages",
     "messages_without_port",
     "overslept",
+    "ports_unheard",
     "probes_failed",
     "probes_sent",
     "questions_asked",

@@ -329,6 +329,11 @@ pub enum ReleaseOutcome {
 /// What happened outside of the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// What was said by a new port of it was not heard for a while: whoever is searched for may have been
+    /// given its address there.
+    Unheard {
+        segment: SegmentId,
+    },
     /// A port is there and watched.
     PortUp(Port),
     PortDown {

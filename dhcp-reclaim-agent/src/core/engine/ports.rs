@@ -80,6 +80,12 @@ impl Engine {
         }
     }
 
+    pub(super) fn unheard(&mut self, id: SegmentId, now: Time) {
+        self.add("ports_unheard", 1);
+        self.segment(id).unheard_until = now;
+        self.deafen(Some(id));
+    }
+
     /// Whoever lost its port may have started at another one unheard; of one segment, or of all.
     fn deafen(&mut self, segment: Option<SegmentId>) {
         let of_segment =
@@ -283,8 +289,11 @@ impl Engine {
     pub(super) fn search(&mut self, key: Key, lost: (Time, PortLoss), now: Time) {
         self.begin_watch(key, Some(lost), true, now);
         let gone = self.is_gone(key.segment);
+        let segment = self.segments.get(&key.segment);
+        let unheard = segment.map_or(Time::ZERO, |segment| segment.unheard_until);
+        let since = self.listens_since.max(unheard);
         if let Some(binding) = self.bindings.get_mut(&key)
-            && (gone || binding.last_seen.is_none_or(|at| at < self.listens_since))
+            && (gone || binding.last_seen.is_none_or(|at| at < since))
             && let Check::Watching(watching) = &mut binding.check
         {
             // It may have been started at another port while nobody listened there.

@@ -315,7 +315,10 @@ impl World {
         let mut bound = bound;
         let looked_at = state.started_at + self.setup.policy.probe_wait + Duration::from_millis(10);
         let seen = state.last_frame.get(&Source::Mac(it.mac));
-        if seen.is_none_or(|(at, _)| *at < looked_at) {
+        // A quiet VM is looked at once in a while, and only that tells that it lived after its agent was
+        // late at a port.
+        let unheard = state.busy_until + self.setup.policy.silence * 2;
+        if seen.is_none_or(|(at, _)| *at < looked_at) || unheard > died {
             bound = SLOW + self.setup.policy.hold_down_silent + self.setup.slack;
         }
         let used = state.last_frame.get(&Source::Ip(ip)).map(|(at, _)| *at);
@@ -324,7 +327,9 @@ impl World {
         let heard = port.and_then(|port| port.heard);
         // Two may have had it, if the server knew one of them no more.
         let resumed = Some(state.resumed_at);
-        for at in [Some(state.started_at), resumed, used, heard]
+        // What it does late it may find out late: then the slow road is as good.
+        let busy = Some(state.busy_until);
+        for at in [Some(state.started_at), resumed, busy, used, heard]
             .into_iter()
             .flatten()
         {

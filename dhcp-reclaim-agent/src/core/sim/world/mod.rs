@@ -290,6 +290,10 @@ struct Node {
     /// Ports that wait for the bridge to be made again.
     unplugged: BTreeMap<IfIndex, PortTruth>,
     asleep_until: Time,
+    /// Its agent alone is busy until then: with ports that came at once, or a slow disk.
+    busy_until: Time,
+    /// Ports that it is late at.
+    late: BTreeSet<IfIndex>,
     /// When, by its own clock, it was suspended, and for how long that stood still.
     suspended: Vec<(Time, Duration)>,
     /// As much of it as its agent has been told.
@@ -723,6 +727,12 @@ impl World {
         self.now < self.nodes[node].asleep_until
     }
 
+    /// When its agent gets the processor again.
+    fn turn_at(&self, node: usize) -> Time {
+        let state = &self.nodes[node];
+        state.asleep_until.max(state.busy_until)
+    }
+
     /// The node's own clock, which stands still while it is suspended.
     fn clock(&self, node: usize) -> Time {
         let stood: Duration = self.nodes[node].stood_still();
@@ -788,6 +798,8 @@ impl Node {
             flat_until: Time::ZERO,
             unplugged: BTreeMap::new(),
             asleep_until: Time::ZERO,
+            busy_until: Time::ZERO,
+            late: BTreeSet::new(),
             suspended: Vec::new(),
             suspended_told: Duration::ZERO,
             paused: false,

@@ -14,7 +14,7 @@ impl World {
             return;
         };
         let at = at + self.nodes[node].stood_still();
-        let at = at.max(self.nodes[node].asleep_until).max(self.now);
+        let at = at.max(self.turn_at(node)).max(self.now);
         if self.nodes[node].wake.is_none_or(|planned| at < planned) {
             self.nodes[node].wake = Some(at);
             self.at_time(at, Ev::Wake(node));
@@ -38,7 +38,7 @@ impl World {
 
     /// Its agent can act.
     pub(super) fn runs(&self, node: usize) -> bool {
-        !self.nodes[node].down && !self.asleep(node)
+        !self.nodes[node].down && self.now >= self.turn_at(node)
     }
 
     pub(super) fn tell(&mut self, node: usize, event: Event) {
@@ -55,8 +55,8 @@ impl World {
         if self.nodes[node].down {
             return;
         }
-        if self.asleep(node) {
-            let at = self.nodes[node].asleep_until;
+        if self.now < self.turn_at(node) {
+            let at = self.turn_at(node);
             self.at_time(at, Ev::Drain(node));
             return;
         }
@@ -130,7 +130,16 @@ impl World {
             lost: 0,
         };
         self.nodes[node].ports.insert(ifindex, truth);
-        let delay = self.rng.millis(5, 60);
+        let delay = if self.rng.percent(5) {
+            // Many ports came at once, or the loop waited for its disk: nothing else is done until then.
+            let delay = self.rng.millis(200, 4000);
+            let state = &mut self.nodes[node];
+            state.busy_until = state.busy_until.max(self.now + delay);
+            state.late.insert(ifindex);
+            delay
+        } else {
+            self.rng.millis(5, 60)
+        };
         self.at(delay, Ev::Watch(node, ifindex));
         ifindex
     }
@@ -140,8 +149,8 @@ impl World {
             // The next agent finds it.
             return;
         }
-        if self.asleep(node) {
-            let at = self.nodes[node].asleep_until;
+        if self.now < self.turn_at(node) {
+            let at = self.turn_at(node);
             self.at_time(at, Ev::Watch(node, ifindex));
             return;
         }
@@ -153,7 +162,11 @@ impl World {
         let dark = !truth.carrier;
         self.drain(node);
         self.nodes[node].dirty_ports.insert(ifindex);
+        let segment = port.segment;
         self.tell(node, Event::PortUp(port));
+        if self.nodes[node].late.remove(&ifindex) {
+            self.tell(node, Event::Unheard { segment });
+        }
         if dark {
             let loss = PortLoss::CarrierLost;
             self.tell(
@@ -240,8 +253,8 @@ impl World {
 
     /// The next agent, as `agent::memory` does it.
     pub(super) fn start(&mut self, node: usize) {
-        if self.asleep(node) {
-            let at = self.nodes[node].asleep_until;
+        if self.now < self.turn_at(node) {
+            let at = self.turn_at(node);
             self.at_time(at, Ev::Start(node));
             return;
         }
