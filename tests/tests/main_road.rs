@@ -496,6 +496,26 @@ lab_test! {
         Ok(())
     }
 
+    /// Whoever else works on a clsact: what is not heard at one port may be the VM that is searched for.
+    fn programs_that_are_missing_anywhere_hold_a_release_and_are_put_back() {
+        let world = World::new(ServerKind::Dnsmasq, Place::Local, 2)?;
+        let agent = world.agent(Hook::Clsact).quick().args(&["--hold-down-silent", "8s"]).start()?;
+        let (mut dead, dead_ip) = living(&world, 1)?;
+        let (mut alive, alive_ip) = living(&world, 2)?;
+        learned(&agent, dead_ip)?;
+        learned(&agent, alive_ip)?;
+        alive.send_traffic(SERVER_IP, Duration::from_millis(100))?;
+        world.node.netns.shell("tc qdisc del dev vm2 clsact")?;
+        let killed = dead.kill(KillKind::PortDeleted)?;
+        world.server.wait_gone(dead_ip, PATIENCE).with_context(|| agent.log())?;
+        let took = now() - killed;
+        ensure!(took >= Duration::from_secs(7), "released after {took:?}: vm2 was not heard");
+        ensure!(attached("vm2")? == both_ways(Hook::Clsact)?, "at vm2: {:?}", attached("vm2")?);
+        ensure!(agent.stat("core.ports_unheard")? > 0, "{}", agent.log());
+        ensure!(world.server.has(alive_ip)?, "the living lost its lease");
+        Ok(())
+    }
+
     fn nothing_is_left_of_an_agent() {
         let (_world, agent, _wire, _vm, _ip) = one_vm(&["--detach-on-exit"])?;
         let links = || -> Result<String> { NetNs::current()?.shell("ls /sys/class/net") };

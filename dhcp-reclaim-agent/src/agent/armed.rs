@@ -80,6 +80,11 @@ impl Armed {
             .collect()
     }
 
+    /// Those of which every port is watched for somebody.
+    pub(super) fn segments(&self) -> impl Iterator<Item = SegmentId> {
+        self.segments.keys().copied()
+    }
+
     pub(super) fn wants(&self, port: IfIndex, segment: SegmentId) -> bool {
         self.ports.contains_key(&port) || self.segments.contains_key(&segment)
     }

@@ -206,6 +206,11 @@ impl Memory {
         total.saturating_sub(std::mem::replace(&mut self.suspended, total))
     }
 
+    /// Whether it was again since then, by the host's total.
+    pub(super) fn was_suspended(&self, total: Duration, tolerance: Duration) -> bool {
+        total > self.suspended + tolerance
+    }
+
     fn is_clean(&self) -> bool {
         self.bindings.is_empty()
             && self.transactions.is_empty()
@@ -578,7 +583,7 @@ fn outcome_of(outcome: ReleaseOutcome) -> AuditOutcome {
     match outcome {
         ReleaseOutcome::Sent => AuditOutcome::Sent,
         ReleaseOutcome::Vetoed => AuditOutcome::Vetoed,
-        ReleaseOutcome::Failed => AuditOutcome::Failed,
+        ReleaseOutcome::Failed | ReleaseOutcome::Overtaken => AuditOutcome::Failed,
         ReleaseOutcome::DryRun => AuditOutcome::DryRun,
     }
 }

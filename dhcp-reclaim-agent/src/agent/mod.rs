@@ -16,7 +16,10 @@ mod view;
 mod vlans;
 
 use std::{
-    collections::BTreeMap, net::Ipv4Addr, sync::Arc, sync::atomic::Ordering, time::Duration,
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -37,7 +40,7 @@ use self::{
     armed::{Armed, Scope},
     census::Census,
     epochs::Epochs,
-    memory::{Left, Memory, known_ports},
+    memory::{Intent, Left, Memory, known_ports},
     operator::Questions,
     query::Queries,
     segments::Segments,
@@ -51,16 +54,17 @@ use crate::{
     control::{ControlRequest, ControlServer, ControlStats, EventLog, REQUEST_QUEUE, StatsView},
     core::{
         Action, Engine, Event, Evidence, IfIndex, Key, MacAddr, Notice, NoticeKind, Port, PortLoss,
-        Probe, ProbeVia, Release, ReleaseOutcome, Role, Time,
+        Probe, ProbeVia, Release, ReleaseOutcome, Role, SegmentId, Time,
     },
     emit::{PacketSocket, PrivateLink},
     errors::chain,
     kernel::{
-        self, AttachedHook, BATCH, Expedite, Kernel, LoadOptions, RecordRing, watch_ip, watch_mac,
+        self, AttachedHook, BATCH, Expedite, Kernel, KernelError, LoadOptions, RecordRing,
+        watch_ip, watch_mac,
     },
     metrics::{MetricsRequest, MetricsServer, Reclaims},
     packet::{arp, release::release_frame},
-    ports::{PortEvent, PortWatcher, VlanFiltering},
+    ports::{PortEvent, PortWatcher, VlanFiltering, WatchError},
     sandbox::{self, Strictness},
     service::Service,
     store::{AuditLine, Store, Trail},
@@ -75,6 +79,12 @@ const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
 const OVERSLEPT: Duration = Duration::from_secs(5);
 /// The clocks of a host that is not suspended do not come apart by as much.
 const SUSPENDED: Duration = Duration::from_millis(100);
+/// What is there when the loop asks has come while it was busy.
+const AT_ONCE: Duration = Duration::from_millis(5);
+/// A guest that was plugged in before may have its lease by then.
+const LATE: Duration = Duration::from_millis(250);
+/// So often records come first before what is due has its turn.
+const RING_TURNS: u32 = 16;
 /// Batches that are read before something else gets its turn.
 const DRAIN: usize = 64;
 /// Option 56 of every RELEASE: who sent it, for the server's log.
@@ -128,6 +138,27 @@ struct Agent {
     started_at: jiff::Timestamp,
     /// When the loop turned last, by the clock that goes on in a suspended host.
     turned_at: Time,
+    /// When the loop last had something to do, and since when what it hears of ports may have been so.
+    began: Time,
+    ports_since: Time,
+    /// Segments with a port whose VM was not heard for long.
+    unheard: BTreeSet<SegmentId>,
+}
+
+/// What the loop has to do next.
+enum Turn {
+    End,
+    Reload,
+    Port(Result<PortEvent, WatchError>),
+    Ring(Result<(), KernelError>),
+    Due,
+    Answers,
+    Sockets,
+    Question(ControlRequest),
+    Metrics(MetricsRequest),
+    Tick,
+    /// Nothing but more records.
+    Others,
 }
 
 #[derive(Debug)]
@@ -215,6 +246,9 @@ impl Agent {
             memory: Memory::new(store, Trail::new(&settings.state), boot),
             started_at: clock::wall(),
             turned_at: clock::boottime(),
+            began: clock::monotonic(),
+            ports_since: clock::monotonic(),
+            unheard: BTreeSet::new(),
             ports,
             link,
             socket,
@@ -293,6 +327,8 @@ impl Agent {
             warn!(bridge, "not there yet: waiting for it");
         }
         self.service.ready(&self.status());
+        self.began = clock::monotonic();
+        let mut ring_turns = 0_u32;
         loop {
             if std::mem::take(&mut self.epoch_wanted) {
                 self.next_epoch();
@@ -301,17 +337,40 @@ impl Agent {
                 .engine
                 .poll_timeout()
                 .map_or(Duration::from_secs(3600), |at| at.since(clock::monotonic()));
-            tokio::select! {
+            let asked = clock::monotonic();
+            let turn = tokio::select! {
                 // What happened comes before what is due because nothing happened.
                 biased;
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
-                _ = hangup.recv() => {
+                _ = terminate.recv() => Turn::End,
+                _ = interrupt.recv() => Turn::End,
+                _ = hangup.recv() => Turn::Reload,
+                event = self.ports.next() => Turn::Port(event),
+                // However many records there are, what is due has its turn.
+                ready = self.ring.ready(), if ring_turns < RING_TURNS => Turn::Ring(ready),
+                () = sleep(wait) => Turn::Due,
+                () = self.queries.readable() => Turn::Answers,
+                () = self.soundings.look() => Turn::Sockets,
+                Some(request) = self.requests.recv() => Turn::Question(request),
+                Some(reply) = self.metrics.recv() => Turn::Metrics(reply),
+                _ = tick.tick() => Turn::Tick,
+                () = std::future::ready(()), if ring_turns >= RING_TURNS => Turn::Others,
+            };
+            let begins = clock::monotonic();
+            let was_busy = begins.since(asked) < AT_ONCE;
+            self.ports_since = if was_busy { self.began } else { begins };
+            self.began = begins;
+            ring_turns = match turn {
+                Turn::Ring(_) => ring_turns + 1,
+                _ => 0,
+            };
+            match turn {
+                Turn::End => break,
+                Turn::Reload => {
                     self.reload();
                     tick = self.ticks();
                 }
-                event = self.ports.next() => self.port_events(event?).await?,
-                ready = self.ring.ready() => {
+                Turn::Port(event) => self.port_events(event?).await?,
+                Turn::Ring(ready) => {
                     ready?;
                     self.read_batch().await;
                     // Where there is always a record to read, people are still answered: this
@@ -321,19 +380,20 @@ impl Agent {
                         self.answer(request).await;
                     }
                 }
-                () = sleep(wait) => {
+                Turn::Due => {
                     self.turn().await;
                     self.drain().await;
                     self.engine.handle_timeout(clock::monotonic());
                     self.carry_out().await;
                 }
-                () = self.queries.readable() => self.read_answers().await,
-                () = self.soundings.look() => self.look_at_sockets().await,
-                Some(request) = self.requests.recv() => self.answer(request).await,
-                Some(reply) = self.metrics.recv() => {
+                Turn::Answers => self.read_answers().await,
+                Turn::Sockets => self.look_at_sockets().await,
+                Turn::Question(request) => self.answer(request).await,
+                Turn::Metrics(reply) => {
                     let _gone = reply.send(self.snapshot());
                 }
-                _ = tick.tick() => self.tick().await,
+                Turn::Tick => self.tick().await,
+                Turn::Others => {}
             }
             self.commit();
             self.service.alive(clock::monotonic());
@@ -393,6 +453,9 @@ impl Agent {
         for port in ports {
             self.check_lost(port).await;
         }
+        let segments: BTreeSet<SegmentId> = self.armed.segments().collect();
+        self.put_all_back(&segments);
+        self.carry_out().await;
         self.expire_queries().await;
         self.take_census().await;
     }
@@ -549,7 +612,11 @@ impl Agent {
         };
         debug!(port = port.name, role = ?port.role, hook = hook.name(), "watched");
         let ifindex = port.ifindex;
-        self.blind.remove(&ifindex);
+        let was_blind = self.blind.remove(&ifindex).is_some();
+        let late = clock::monotonic().since(self.ports_since) > LATE;
+        if (was_blind || late) && !self.remembering {
+            self.unheard.insert(port.segment);
+        }
         // A slot that was the port's already may have lost records that nobody heard of; a new one
         // counts from zero.
         let total = self.kernel.port_lost(ifindex).unwrap_or(0);
@@ -620,6 +687,10 @@ impl Agent {
 
     async fn carry_out(&mut self) {
         loop {
+            for segment in std::mem::take(&mut self.unheard) {
+                let event = Event::Unheard { segment };
+                self.engine.handle(event, clock::monotonic());
+            }
             self.carry_out_all().await;
             let intents = self.memory.take_intents();
             let mut soundings = self.soundings.take_pending();
@@ -636,17 +707,33 @@ impl Agent {
             // The orders first, then the intents, then the frames: so no crash makes one leave twice,
             // and whether it left is known.
             let committed = ready.is_empty() || self.commit();
+            let overtaken = committed && !ready.is_empty() && self.is_overtaken(&ready).await;
             for (at, intent, frame) in ready {
                 self.sound_behind(&mut soundings, at).await;
-                let outcome = if committed {
-                    self.send(intent.xid, &frame)
-                } else {
-                    ReleaseOutcome::Failed
+                let outcome = match (committed, overtaken) {
+                    (true, false) => self.send(intent.xid, &frame),
+                    (true, true) => ReleaseOutcome::Overtaken,
+                    (false, _) => ReleaseOutcome::Failed,
                 };
                 self.settle(intent, outcome);
             }
             self.sound_behind(&mut soundings, usize::MAX).await;
         }
+    }
+
+    /// Whether the kernel half may not know by now what a decision would have to: to write it down may
+    /// have taken long. A port that is not watched yet may have a VM that was dead when it was decided;
+    /// what comes by all others `emit` knows.
+    async fn is_overtaken(&mut self, ready: &[(usize, Intent, Vec<u8>)]) -> bool {
+        // What has arrived is there to be read after this.
+        tokio::task::yield_now().await;
+        let waits = self.ports.new_port_waits().unwrap_or_else(|error| {
+            warn!(error = %chain(&error), "cannot hear of new ports");
+            true
+        });
+        let segments = ready.iter().map(|(_, intent, _)| intent.release.segment);
+        let gaps = self.put_all_back(&segments.collect());
+        waits || gaps || self.memory.was_suspended(clock::suspended(), SUSPENDED)
     }
 
     async fn carry_out_all(&mut self) {
@@ -854,13 +941,18 @@ impl Agent {
 
     /// Others remove filters from a clsact that they share with us (Calico and OVS do): before an
     /// answer is waited for, they are there.
-    fn put_back(&mut self, port: IfIndex) {
+    fn put_back(&mut self, port: IfIndex) -> bool {
         let Some(watched) = self.watched.get(&port) else {
-            return;
+            return false;
         };
         if watched.hook != AttachedHook::Clsact || self.kernel.in_place(port) {
-            return;
+            return false;
         }
+        warn!(
+            port = watched.port.name,
+            "somebody took a program away: it is put back"
+        );
+        self.unheard.insert(watched.port.segment);
         let (rate, burst) = self.record_limits(watched.port.role);
         if let Err(error) = self.kernel.watch(&watched.port, rate, burst) {
             self.counters.watch_failures += 1;
@@ -869,6 +961,16 @@ impl Agent {
                 self.blind.insert(port, watched.port);
             }
         }
+        true
+    }
+
+    /// Whether at any port of these segments something was missing.
+    fn put_all_back(&mut self, segments: &BTreeSet<SegmentId>) -> bool {
+        let ports = self.watched.values().map(|watched| &watched.port);
+        let ports = ports.filter(|port| segments.contains(&port.segment));
+        let ports: Vec<IfIndex> = ports.map(|port| port.ifindex).collect();
+        let missing = ports.into_iter().filter(|port| self.put_back(*port));
+        missing.count() > 0
     }
 
     fn record_limits(&self, role: Role) -> (u16, u16) {

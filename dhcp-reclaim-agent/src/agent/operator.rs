@@ -229,7 +229,9 @@ impl Agent {
             Answer::Released(ReleaseOutcome::Sent) => (ReleaseResult::Released, Vec::new()),
             Answer::Released(ReleaseOutcome::DryRun) => (ReleaseResult::WouldRelease, Vec::new()),
             Answer::Released(ReleaseOutcome::Vetoed) => (ReleaseResult::Vetoed, Vec::new()),
-            Answer::Released(ReleaseOutcome::Failed) => (ReleaseResult::Failed, Vec::new()),
+            Answer::Released(ReleaseOutcome::Failed | ReleaseOutcome::Overtaken) => {
+                (ReleaseResult::Failed, Vec::new())
+            }
         };
         let forced: Vec<&str> = force.iter().map(|gate| gate.name()).collect();
         let text = format!("{} --force {:?}: {result:?}", key.ip, forced.join(","));

@@ -44,6 +44,7 @@ pub const COUNTERS: &[&str] = &[
     "releases_failed",
     "releases_forced",
     "releases_ignored",
+    "releases_overtaken",
     "releases_repeated",
     "releases_sent",
     "releases_unknown",

@@ -322,6 +322,8 @@ pub enum ReleaseOutcome {
     Vetoed,
     /// It could not be sent; nothing left.
     Failed,
+    /// Something came between, and nothing left: all gates are asked anew.
+    Overtaken,
     /// `--dry-run`: it would have been sent.
     DryRun,
 }

@@ -13,7 +13,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
-use futures::TryStreamExt;
+use futures::{FutureExt as _, TryStreamExt};
 use netlink_packet_route::{
     AddressFamily,
     address::AddressAttribute,
@@ -118,6 +118,21 @@ impl PortWatcher {
             }
             self.receive().await?;
         }
+    }
+
+    /// Reads what is there, and waits for nothing: whether a port is among it.
+    pub fn new_port_waits(&mut self) -> Result<bool, WatchError> {
+        // More than that is as good as one.
+        for _ in 0..256 {
+            match self.receive().now_or_never() {
+                Some(read) => read?,
+                None => {
+                    let mut ready = self.ready.iter();
+                    return Ok(ready.any(|event| matches!(event, PortEvent::PortUp(_))));
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// How often the kernel dropped messages, and all links were read anew.

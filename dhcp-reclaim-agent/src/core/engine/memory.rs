@@ -81,9 +81,13 @@ impl Saved {
             }
             // A repetition that did not leave: the one before it stands.
             (_, Some(_)) => State::Released,
-            (ReleaseOutcome::Vetoed | ReleaseOutcome::Failed | ReleaseOutcome::DryRun, None) => {
-                State::Gone
-            }
+            (
+                ReleaseOutcome::Vetoed
+                | ReleaseOutcome::Failed
+                | ReleaseOutcome::Overtaken
+                | ReleaseOutcome::DryRun,
+                None,
+            ) => State::Gone,
         };
     }
 }

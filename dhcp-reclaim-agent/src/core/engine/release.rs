@@ -13,6 +13,9 @@ use crate::core::{
 /// A held binding is looked at again this often, if its gate cannot tell better.
 const HELD_AGAIN: Duration = Duration::from_secs(1);
 
+/// What came between is heard by then.
+const OVERTAKEN: Duration = Duration::from_millis(100);
+
 impl Engine {
     /// Silence went on for as long as it must: dead, unless a gate knows better.
     pub(super) fn gone(&mut self, key: Key, findings: &[Finding], now: Time) {
@@ -229,7 +232,9 @@ impl Engine {
                 );
             }
             // A repetition that does not leave: the first one stands.
-            ReleaseOutcome::Vetoed | ReleaseOutcome::Failed if binding.vigil.is_some() => {
+            ReleaseOutcome::Vetoed | ReleaseOutcome::Failed | ReleaseOutcome::Overtaken
+                if binding.vigil.is_some() =>
+            {
                 if let Some(vigil) = &mut binding.vigil {
                     vigil.closed = true;
                 }
@@ -255,6 +260,13 @@ impl Engine {
                     now,
                 );
                 self.wake(key, now);
+            }
+            ReleaseOutcome::Overtaken => {
+                binding.state = State::Gone;
+                binding.turn = None;
+                self.save(key);
+                self.add("releases_overtaken", 1);
+                self.schedule(key, now + OVERTAKEN);
             }
             ReleaseOutcome::Failed => {
                 binding.state = State::Gone;
