@@ -81,8 +81,8 @@ const OVERSLEPT: Duration = Duration::from_secs(5);
 const SUSPENDED: Duration = Duration::from_millis(100);
 /// What is there when the loop asks has come while it was busy.
 const AT_ONCE: Duration = Duration::from_millis(5);
-/// A guest that was plugged in before may have its lease by then.
-const LATE: Duration = Duration::from_millis(250);
+/// A guest that was plugged in before may have its lease by then, and have been quiet since.
+const LATE: Duration = Duration::from_secs(1);
 /// So often records come first before what is due has its turn.
 const RING_TURNS: u32 = 16;
 /// Batches that are read before something else gets its turn.

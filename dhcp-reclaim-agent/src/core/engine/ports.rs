@@ -84,6 +84,7 @@ impl Engine {
         self.add("ports_unheard", 1);
         self.segment(id).unheard_until = now;
         self.deafen(Some(id));
+        self.restart_holds(id, now);
     }
 
     /// Whoever lost its port may have started at another one unheard; of one segment, or of all.
@@ -139,6 +140,10 @@ impl Engine {
         let settle = now + self.policy.settle;
         let segment = self.segment(id);
         segment.settled_at = segment.settled_at.max(settle);
+        self.restart_holds(id, now);
+    }
+
+    fn restart_holds(&mut self, id: SegmentId, now: Time) {
         let of_segment = |key: &&Key| key.segment == id;
         let keys: Vec<Key> = self.bindings.keys().filter(of_segment).copied().collect();
         for key in keys {

@@ -132,7 +132,7 @@ impl World {
         self.nodes[node].ports.insert(ifindex, truth);
         let delay = if self.rng.percent(5) {
             // Many ports came at once, or the loop waited for its disk: nothing else is done until then.
-            let delay = self.rng.millis(200, 4000);
+            let delay = self.rng.millis(1000, 4000);
             let state = &mut self.nodes[node];
             state.busy_until = state.busy_until.max(self.now + delay);
             state.late.insert(ifindex);
