@@ -101,8 +101,10 @@ impl Agent {
     }
 
     async fn look_for_macs(&mut self) {
+        let told = self.engine.told_of();
         for question in std::mem::take(&mut self.census.again) {
-            if !self.engine.knows(question.segment, question.mac) {
+            let Question { segment, mac, .. } = question;
+            if !self.engine.knows(segment, mac) && !told.contains(&(segment, mac)) {
                 self.census.wait(question);
             }
         }
@@ -127,7 +129,8 @@ impl Agent {
             // The tables of bridges that filter no VLANs name none.
             let own = self.own_vlan(segment);
             let census = &mut self.census;
-            if self.engine.knows(segment, mac) || census.known.contains(&(segment, mac)) {
+            let is_known = census.known.contains(&(segment, mac)) || told.contains(&(segment, mac));
+            if is_known || self.engine.knows(segment, mac) {
                 continue;
             }
             let of_port = census.by_port.entry(port).or_default();

@@ -434,6 +434,58 @@ fn a_port_that_comes_while_the_dead_wait_is_asked_too() {
 }
 
 #[test]
+fn a_release_that_was_overtaken_is_decided_anew() {
+    let mut bench = settled();
+    bench.outcome = ReleaseOutcome::Overtaken;
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(Duration::from_millis(2050));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    // What came between was a port, and its guest is the one.
+    bench.outcome = ReleaseOutcome::Sent;
+    bench.port(13, "late", Role::Vm);
+    bench.lives_at = Some(13);
+    bench.pass(secs(2));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(bench.engine.counters()["releases_overtaken"], 1);
+    assert_eq!(bench.engine.counters()["releases_failed"], 0);
+}
+
+#[test]
+fn after_a_port_that_was_not_heard_everybody_has_the_long_time() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(1));
+    bench.port(13, "late", Role::Vm);
+    bench.tell(Event::Unheard { segment: SEGMENT });
+    bench.pass(secs(299));
+    assert_eq!(bench.releases(), 0);
+    bench.pass(secs(3));
+    assert_eq!(bench.releases(), 1);
+    // Who was not seen since, too; and who was, as ever.
+    for is_seen in [false, true] {
+        let mut bench = settled();
+        bench.tell(Event::Unheard { segment: SEGMENT });
+        bench.vm_talks = is_seen;
+        bench.pass(secs(40));
+        bench.vm_talks = false;
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(secs(5));
+        assert_eq!(bench.releases(), usize::from(is_seen));
+    }
+}
+
+#[test]
 fn what_was_seen_is_looked_at_before_silence_begins_anew() {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);

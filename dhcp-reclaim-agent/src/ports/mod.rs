@@ -7,10 +7,11 @@ mod links;
 mod wire;
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     future::poll_fn,
     io,
     net::{IpAddr, Ipv4Addr},
+    ops::ControlFlow,
 };
 
 use futures::{FutureExt as _, TryStreamExt};
@@ -127,8 +128,10 @@ impl PortWatcher {
             match self.receive().now_or_never() {
                 Some(read) => read?,
                 None => {
+                    // What the kernel has been asked for meanwhile may be about one.
+                    let asked = self.dump != Dump::None;
                     let mut ready = self.ready.iter();
-                    return Ok(ready.any(|event| matches!(event, PortEvent::PortUp(_))));
+                    return Ok(asked || ready.any(|it| matches!(it, PortEvent::PortUp(_))));
                 }
             }
         }
@@ -322,42 +325,75 @@ pub async fn local_networks(ifindex: IfIndex) -> Result<Vec<(Ipv4Addr, u8)>, Add
     Ok(addresses.collect())
 }
 
+/// A bridge's table has no bound of its own, and a guest can send in any number of names.
+const MACS_OF_PORT: usize = 1024;
+const ROWS: usize = 65_536;
+
 /// MACs that bridges have learned, at which of their ports, and on which VLAN of a bridge that filters
-/// them (otherwise zero).
+/// them (otherwise zero); of each port no more than 1,024, and of all no more than 65,536 are read.
 pub async fn learned_macs() -> Result<Vec<(IfIndex, Vlan, MacAddr)>, AddressError> {
-    let rows = neighbours(AddressFamily::Bridge).await?;
-    let learned = rows.iter().filter(|row| {
-        // The bridge's own, and those of its ports.
-        row.header.state != NeighbourState::Permanent
-    });
-    let learned = learned.filter_map(|row| {
+    let mut learned = Vec::new();
+    let mut of_port: BTreeMap<IfIndex, usize> = BTreeMap::new();
+    let mut rows = 0;
+    neighbours(AddressFamily::Bridge, |row| {
+        rows += 1;
         let vlan = row.attributes.iter().find_map(|attribute| match attribute {
             NeighbourAttribute::Vlan(vlan) => Some(*vlan),
             _ => None,
         });
-        Some((row.header.ifindex, vlan.unwrap_or(0), mac_of(row)?))
-    });
-    Ok(learned.collect())
+        let port = row.header.ifindex;
+        let count = of_port.entry(port).or_default();
+        // The bridge's own, and those of its ports, are permanent.
+        if row.header.state != NeighbourState::Permanent
+            && *count < MACS_OF_PORT
+            && let Some(mac) = mac_of(row)
+        {
+            *count += 1;
+            learned.push((port, vlan.unwrap_or(0), mac));
+        }
+        match rows < ROWS {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(()),
+        }
+    })
+    .await?;
+    Ok(learned)
 }
 
 /// The MAC that `ip` has at `link`, by the kernel's table of neighbours.
 pub async fn neighbour(link: IfIndex, ip: Ipv4Addr) -> Result<Option<MacAddr>, AddressError> {
-    let rows = neighbours(AddressFamily::Inet).await?;
     let destination = NeighbourAttribute::Destination(NeighbourAddress::Inet(ip));
-    let found = rows
-        .iter()
-        .find(|row| row.header.ifindex == link && row.attributes.contains(&destination));
-    Ok(found.and_then(mac_of))
+    let mut found = None;
+    neighbours(AddressFamily::Inet, |row| {
+        if row.header.ifindex != link || !row.attributes.contains(&destination) {
+            return ControlFlow::Continue(());
+        }
+        found = mac_of(row);
+        ControlFlow::Break(())
+    })
+    .await?;
+    Ok(found)
 }
 
-async fn neighbours(family: AddressFamily) -> Result<Vec<NeighbourMessage>, AddressError> {
+/// Reads the kernel's table, for as long as `each` goes on.
+async fn neighbours(
+    family: AddressFamily,
+    mut each: impl FnMut(&NeighbourMessage) -> ControlFlow<()>,
+) -> Result<(), AddressError> {
     let (connection, handle, _messages) =
         rtnetlink::new_connection().map_err(AddressError::Open)?;
     let connection = tokio::spawn(connection);
     let rows = handle.neighbours().get().set_address_family(family);
-    let rows: Result<Vec<_>, _> = rows.execute().try_collect().await;
+    let mut rows = std::pin::pin!(rows.execute());
+    let read = loop {
+        match rows.try_next().await {
+            Ok(Some(row)) if each(&row).is_continue() => {}
+            Ok(_) => break Ok(()),
+            Err(error) => break Err(AddressError::Ask(error)),
+        }
+    };
     connection.abort();
-    rows.map_err(AddressError::Ask)
+    read
 }
 
 fn mac_of(row: &NeighbourMessage) -> Option<MacAddr> {
@@ -463,6 +499,26 @@ mod tests {
             let event = event.unwrap();
             assert!(matches!(event, PortEvent::BridgeMac { .. }), "{event:?}");
         }
+    }
+
+    #[test]
+    fn a_port_that_has_just_come_is_known_to_wait() {
+        in_namespace(async || {
+            ip("link add br0 type bridge");
+            let (_, mut watcher) = PortWatcher::start(rules()).await.unwrap();
+            nothing_more(&mut watcher).await;
+            assert!(!watcher.new_port_waits().unwrap());
+            ip("link add vm0 master br0 type veth peer name guest0");
+            // As the agent does: the runtime has not looked at its sockets since.
+            tokio::task::yield_now().await;
+            assert!(watcher.new_port_waits().unwrap());
+            assert!(watcher.new_port_waits().unwrap(), "it waits still");
+            next_up(&mut watcher, "vm0").await;
+            nothing_more(&mut watcher).await;
+            ip("link del vm0");
+            tokio::task::yield_now().await;
+            assert!(!watcher.new_port_waits().unwrap(), "it is gone, not new");
+        });
     }
 
     #[test]

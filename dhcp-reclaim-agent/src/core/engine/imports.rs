@@ -112,12 +112,18 @@ impl Engine {
             .map(|waiting| &waiting.binding)
     }
 
-    /// Whether anything is known of what the MAC leases, by the wire or by hearsay.
+    /// Whether anything is known of what the MAC leases, by the wire.
     pub fn knows(&self, segment: SegmentId, mac: MacAddr) -> bool {
         let mut bound = self.index.of_mac(segment, mac);
-        let mut told = self.imports.waiting.iter();
         bound.any(|key| self.bindings.get(&key).is_some_and(|it| it.is_live()))
-            || told.any(|(key, it)| key.segment == segment && it.binding.chaddr == mac)
+    }
+
+    /// The MACs of which something is known by hearsay.
+    pub fn told_of(&self) -> BTreeSet<(SegmentId, MacAddr)> {
+        let waiting = self.imports.waiting.iter();
+        waiting
+            .map(|(key, it)| (key.segment, it.binding.chaddr))
+            .collect()
     }
 
     /// Takes leases that were not seen on the wire. What the wire has said of an address is better.
