@@ -46,9 +46,7 @@ impl Bucket {
             interval, depth, ..
         } = Self::new(rate, burst);
         (self.interval, self.depth) = (interval, depth);
-        if tokens > 0 {
-            self.full_at = now + Duration::from_nanos(tokens.saturating_mul(interval));
-        }
+        self.full_at = now + Duration::from_nanos(tokens.saturating_mul(interval));
     }
 
     /// When the next token is there.
@@ -289,11 +287,7 @@ impl Pacing {
             None => (self.others.ready_at(now), self.others.bucket.queued_until),
         };
         let token = token.max(self.all.ready_at());
-        match turn {
-            Some(turn) => token.max(turn),
-            None if queued_until > now => token.max(queued_until),
-            None => token,
-        }
+        token.max(turn.unwrap_or(queued_until))
     }
 
     /// A place in the server's queue: the time to come back at, unless the server reads on sooner.
@@ -579,5 +573,125 @@ mod tests {
             let sent = pacing.servers[&server(1)].sent;
             pacing.read_up_to(server(1), sent, now);
         }
+    }
+
+    #[test]
+    fn what_one_server_has_read_is_room_for_no_more_than_that() {
+        let mut pacing = Pacing::new(1, 4);
+        let now = at(100);
+        for n in 1..=8 {
+            let taken = (0..9).filter(|_| take(&mut pacing, n, now)).count();
+            assert_eq!(taken, 4, "server {n}");
+        }
+        assert!(
+            !take(&mut pacing, 9, now),
+            "all together have their ceiling"
+        );
+        pacing.read_up_to(server(1), 2, now);
+        let taken = (0..9).filter(|_| take(&mut pacing, 9, now)).count();
+        assert_eq!(taken, 2);
+    }
+
+    #[test]
+    fn a_server_that_is_waited_for_is_not_forgotten_for_another() {
+        let mut pacing = Pacing::new(1, 16);
+        let now = at(100);
+        for n in 0..64 {
+            assert!(take(&mut pacing, n, now));
+        }
+        // All beyond share one pace.
+        let shared = (0..99).take_while(|_| take(&mut pacing, 100, now)).count();
+        assert_eq!(shared, 16);
+        assert!(pacing.ready_at(server(101), None, now) > now);
+        let left = (0..99).take_while(|_| take(&mut pacing, 0, now)).count();
+        assert_eq!(left, 15, "its first token is still taken");
+        // Those that took one are as good as new soon; the shared pace is not.
+        let soon = now + Duration::from_secs(2);
+        assert!(take(&mut pacing, 102, soon));
+        assert!(pacing.servers.len() < SERVERS);
+        assert!(pacing.ready_at(server(103), None, soon) <= soon);
+        assert!(pacing.others.ready_at(soon) <= soon);
+        while pacing.others.take(soon) {}
+        assert!(pacing.ready_at(server(103), None, soon) <= soon);
+        // And nobody makes room for whom there is room.
+        let later = at(1000);
+        for n in [1, 2] {
+            assert!(take(&mut pacing, n, later));
+        }
+        assert!(pacing.servers.contains_key(&server(102)));
+    }
+
+    #[test]
+    fn one_that_never_answers_is_left_alone_for_a_while() {
+        let mut pacing = Pacing::new(1, 8);
+        let start = at(100);
+        assert_eq!(take_all(&mut pacing, start), 8);
+        assert_eq!(pacing.sounding(server(1), start), Some(8));
+        let mut ask = |secs| {
+            let now = at(secs);
+            take_all(&mut pacing, now);
+            pacing.sounding(server(1), now)
+        };
+        assert_eq!(ask(130), None);
+        assert_eq!(ask(200), None);
+        assert_eq!(ask(729), None);
+        assert!(ask(730).is_some());
+    }
+
+    #[test]
+    fn a_server_with_room_is_not_asked_twice() {
+        let mut pacing = Pacing::new(1, 16);
+        let start = at(100);
+        for _ in 0..8 {
+            assert!(take(&mut pacing, 1, start));
+        }
+        assert_eq!(pacing.sounding(server(1), start), Some(8));
+        let later = start + Duration::from_secs(2);
+        assert_eq!(pacing.sounding(server(1), later), None, "half is not all");
+        for _ in 0..7 {
+            assert!(take(&mut pacing, 1, later));
+        }
+        assert_eq!(pacing.sounding(server(1), later), None);
+    }
+
+    #[test]
+    fn one_that_has_answered_all_is_still_one_that_answers() {
+        let mut pacing = Pacing::new(1, 8);
+        let start = at(100);
+        assert_eq!(take_all(&mut pacing, start), 8);
+        assert_eq!(pacing.sounding(server(1), start), Some(8));
+        pacing.read_up_to(server(1), 8, start);
+        let later = start + WAIT + WAIT;
+        assert_eq!(take_all(&mut pacing, later), 8);
+        assert_eq!(pacing.sounding(server(1), later), Some(16));
+        pacing.read_up_to(server(1), 16, later);
+        assert_eq!(take_all(&mut pacing, later), 8, "no time has passed");
+    }
+
+    #[test]
+    fn who_was_called_has_a_while_to_come_and_may_wait_again() {
+        let mut pacing = Pacing::new(1, 4);
+        let start = at(100);
+        assert_eq!(take_all(&mut pacing, start), 4);
+        let mark = pacing.sounding(server(1), start).unwrap();
+        let turns: Vec<Time> = (1..=6)
+            .map(|n| pacing.queue(server(1), key(n), start))
+            .collect();
+        let keys =
+            |next: Vec<(Time, Key)>| -> Vec<Key> { next.into_iter().map(|(_, key)| key).collect() };
+        let called = keys(pacing.read_up_to(server(1), mark, start));
+        assert_eq!(called, [1, 2, 3, 4].map(key));
+        // Their places are taken until they come.
+        assert_eq!(pacing.read_up_to(server(1), mark, start), []);
+        assert!(pacing.take(server(1), key(1), Some(turns[0]), start));
+        assert_eq!(pacing.read_up_to(server(1), mark, start), []);
+        // One is not ready, and another has its place.
+        pacing.wait_again(server(1), key(2), turns[1]);
+        let called = keys(pacing.read_up_to(server(1), mark, start));
+        assert_eq!(called, [2].map(key));
+        // Those who do not come give way; one of four is on its way.
+        let late = start + CALLED;
+        let called = keys(pacing.read_up_to(server(1), mark, late));
+        assert_eq!(called, [5, 6].map(key));
     }
 }
