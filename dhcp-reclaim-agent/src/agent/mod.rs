@@ -4,11 +4,14 @@ mod addresses;
 mod armed;
 mod census;
 mod epochs;
+mod evidence;
 mod figures;
 mod imports;
 mod memory;
 mod operator;
+mod ports;
 mod query;
+mod release;
 mod reload;
 mod segments;
 mod soundings;
@@ -17,16 +20,12 @@ mod vlans;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use anyhow::Context as _;
-use dhcp_reclaim_ebpf::abi::{
-    EMIT_EGRESS, EMIT_INGRESS, EmitOrder, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_VETOED,
-};
-use futures::FutureExt as _;
+use dhcp_reclaim_ebpf::abi::Record;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -53,18 +52,14 @@ use crate::{
     config::{self, Settings, Source},
     control::{ControlRequest, ControlServer, ControlStats, EventLog, REQUEST_QUEUE, StatsView},
     core::{
-        Action, Engine, Event, Evidence, IfIndex, Key, MacAddr, Notice, NoticeKind, Port, PortLoss,
-        Probe, ProbeVia, Release, ReleaseOutcome, Role, SegmentId, Time,
+        Action, Engine, Event, IfIndex, Notice, NoticeKind, Port, ReleaseOutcome, Role, SegmentId,
+        Time,
     },
     emit::{PacketSocket, PrivateLink},
     errors::chain,
-    kernel::{
-        self, AttachedHook, BATCH, Expedite, Kernel, KernelError, LoadOptions, RecordRing,
-        watch_ip, watch_mac,
-    },
+    kernel::{self, AttachedHook, BATCH, Expedite, Kernel, KernelError, LoadOptions, RecordRing},
     metrics::{MetricsRequest, MetricsServer, Reclaims},
-    packet::{arp, release::release_frame},
-    ports::{PortEvent, PortWatcher, VlanFiltering, WatchError},
+    ports::{PortEvent, PortWatcher, WatchError},
     sandbox::{self, Strictness},
     service::Service,
     store::{AuditLine, Store, Trail},
@@ -73,22 +68,16 @@ use crate::{
 /// The coarse tier's clock, at its slowest: how finely "heard lately" is known.
 const EPOCH_MAX: Duration = Duration::from_secs(1);
 const EPOCH_MIN: Duration = Duration::from_millis(50);
-/// DHCP records a second, and at once, of an uplink: many hosts speak there.
-const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
 /// The loop turns once an epoch at least. Whoever did not run for longer has not listened meanwhile.
 const OVERSLEPT: Duration = Duration::from_secs(5);
 /// The clocks of a host that is not suspended do not come apart by as much.
 const SUSPENDED: Duration = Duration::from_millis(100);
 /// What is there when the loop asks has come while it was busy.
 const AT_ONCE: Duration = Duration::from_millis(5);
-/// A guest that was plugged in before may have its lease by then, and have been quiet since.
-const LATE: Duration = Duration::from_secs(1);
 /// So often records come first before what is due has its turn.
 const RING_TURNS: u32 = 16;
 /// Batches that are read before something else gets its turn.
 const DRAIN: usize = 64;
-/// Option 56 of every RELEASE: who sent it, for the server's log.
-const MESSAGE: &str = concat!("dhcp-reclaim ", env!("CARGO_PKG_VERSION"));
 
 /// Runs the agent until SIGTERM or SIGINT.
 pub fn run(settings: Settings, source: Source) -> anyhow::Result<()> {
@@ -483,8 +472,6 @@ impl Agent {
         }
     }
 
-    // ---- what happened -----------------------------------------------------------------------
-
     async fn tell(&mut self, event: Event) {
         self.engine.handle(event, clock::monotonic());
         self.carry_out().await;
@@ -534,157 +521,6 @@ impl Agent {
         }
     }
 
-    /// All that are there, so that a host that starts many VMs waits for one commit, not for many.
-    async fn port_events(&mut self, first: PortEvent) -> anyhow::Result<()> {
-        self.turn().await;
-        self.port_event(first).await;
-        for _ in 1..BATCH {
-            let Some(event) = self.ports.next().now_or_never() else {
-                break;
-            };
-            self.port_event(event?).await;
-        }
-        Ok(())
-    }
-
-    async fn port_event(&mut self, event: PortEvent) {
-        match event {
-            PortEvent::BridgeUp { ifindex, name, mac } => {
-                info!(bridge = name, ifindex, %mac, "bridge is there");
-                self.segments.up(ifindex, &name, mac);
-                if let Some(segment) = self.segments.id(&name) {
-                    let there = true;
-                    self.tell(Event::Bridge { segment, there }).await;
-                }
-                // The one before it may have filtered VLANs.
-                self.bridge_vlans(ifindex, VlanFiltering::Off).await;
-            }
-            PortEvent::BridgeMac { ifindex, mac } => self.segments.set_mac(ifindex, mac),
-            PortEvent::BridgeVlans { ifindex, filtering } => {
-                self.bridge_vlans(ifindex, filtering).await;
-            }
-            PortEvent::Vlans { ifindex, vlans } => self.vlans_of(ifindex, vlans).await,
-            PortEvent::BridgeDown { ifindex, name } => {
-                warn!(bridge = name, ifindex, "bridge is gone: waiting for it");
-                self.segments.down(ifindex);
-                self.vlans.forget(ifindex);
-                if let Some(segment) = self.segments.id(&name) {
-                    let there = false;
-                    self.tell(Event::Bridge { segment, there }).await;
-                }
-            }
-            PortEvent::PortUp(port) => self.port_up(port).await,
-            PortEvent::PortDown { ifindex, loss } => self.port_down(ifindex, loss).await,
-            PortEvent::Resynced => {
-                warn!(
-                    resyncs = self.ports.resyncs(),
-                    "link messages were lost; all links read anew"
-                );
-            }
-        }
-    }
-
-    async fn port_up(&mut self, port: Port) {
-        let Some(segment) = self.segments.by_ifindex(port.segment) else {
-            return;
-        };
-        if self.memory.has_ended_port() {
-            // What the VM says by its next port must not seem to come from somebody else.
-            self.commit();
-        }
-        self.watch(Port { segment, ..port }).await;
-    }
-
-    async fn watch(&mut self, port: Port) {
-        let (rate, burst) = self.record_limits(port.role);
-        let hook = match self
-            .expedite
-            .during(|| self.kernel.watch(&port, rate, burst))
-        {
-            Ok(hook) => hook,
-            Err(error) => {
-                self.counters.watch_failures += 1;
-                warn!(port = port.name, error = %chain(&error), "cannot watch, and tries again");
-                self.watched.remove(&port.ifindex);
-                self.blind.insert(port.ifindex, port);
-                return;
-            }
-        };
-        debug!(port = port.name, role = ?port.role, hook = hook.name(), "watched");
-        let ifindex = port.ifindex;
-        let was_blind = self.blind.remove(&ifindex).is_some();
-        let late = clock::monotonic().since(self.ports_since) > LATE;
-        if (was_blind || late) && !self.remembering {
-            self.unheard.insert(port.segment);
-        }
-        // A slot that was the port's already may have lost records that nobody heard of; a new one
-        // counts from zero.
-        let total = self.kernel.port_lost(ifindex).unwrap_or(0);
-        let lost = match self.watched.get(&ifindex) {
-            Some(watched) => watched.lost,
-            None => self.memory.port_lost(ifindex, &port.name).min(total),
-        };
-        self.watched.insert(
-            ifindex,
-            Watched {
-                port: port.clone(),
-                hook,
-                lost,
-            },
-        );
-        self.memory.port(ifindex);
-        self.apply_pvid(ifindex);
-        if !self.remembering {
-            self.apply_exact(ifindex);
-        }
-        self.tell(Event::PortUp(port)).await;
-    }
-
-    async fn port_down(&mut self, ifindex: IfIndex, loss: PortLoss) {
-        // The last words of its VM are in the ring.
-        self.drain().await;
-        self.check_lost(ifindex).await;
-        match loss {
-            PortLoss::CarrierLost | PortLoss::LinkDown => {}
-            PortLoss::Deleted | PortLoss::Detached | PortLoss::Unseen => {
-                self.memory.port_ended();
-                self.kernel.unwatch(ifindex);
-                self.watched.remove(&ifindex);
-                self.blind.remove(&ifindex);
-                self.vlans.forget(ifindex);
-                self.memory.port(ifindex);
-            }
-        }
-        self.tell(Event::PortDown {
-            port: ifindex,
-            loss,
-        })
-        .await;
-    }
-
-    async fn check_lost(&mut self, ifindex: IfIndex) {
-        let Some(watched) = self.watched.get_mut(&ifindex) else {
-            return;
-        };
-        let Some(total) = self
-            .kernel
-            .port_lost(ifindex)
-            .filter(|total| *total != watched.lost)
-        else {
-            return;
-        };
-        let lost = total.wrapping_sub(watched.lost);
-        watched.lost = total;
-        self.memory.port(ifindex);
-        Box::pin(self.tell(Event::RecordsLost {
-            port: ifindex,
-            count: lost,
-        }))
-        .await;
-    }
-
-    // ---- what is to be done ------------------------------------------------------------------
-
     async fn carry_out(&mut self) {
         loop {
             for segment in std::mem::take(&mut self.unheard) {
@@ -719,21 +555,6 @@ impl Agent {
             }
             self.sound_behind(&mut soundings, usize::MAX).await;
         }
-    }
-
-    /// Whether the kernel half may not know by now what a decision would have to: to write it down may
-    /// have taken long. A port that is not watched yet may have a VM that was dead when it was decided;
-    /// what comes by all others `emit` knows.
-    async fn is_overtaken(&mut self, ready: &[(usize, Intent, Vec<u8>)]) -> bool {
-        // What has arrived is there to be read after this.
-        tokio::task::yield_now().await;
-        let waits = self.ports.new_port_waits().unwrap_or_else(|error| {
-            warn!(error = %chain(&error), "cannot hear of new ports");
-            true
-        });
-        let segments = ready.iter().map(|(_, intent, _)| intent.release.segment);
-        let gaps = self.put_all_back(&segments.collect());
-        waits || gaps || self.memory.was_suspended(clock::suspended(), SUSPENDED)
     }
 
     async fn carry_out_all(&mut self) {
@@ -805,262 +626,6 @@ impl Agent {
                 }
             };
             self.engine.handle(answer, clock::monotonic());
-        }
-    }
-
-    fn arm(&mut self, key: Key, mac: MacAddr, own_port: Option<IfIndex>, everywhere: bool) {
-        for watch in [
-            watch_ip(key.segment, key.vlan, key.ip),
-            watch_mac(key.segment, key.vlan, mac),
-        ] {
-            if let Err(error) = self.kernel.arm(&watch) {
-                // A look finds it unarmed, and so nothing is concluded from its silence.
-                self.counters.arm_failures += 1;
-                warn!(error = %chain(&error), "cannot watch an address");
-            }
-        }
-        let changed = self.armed.arm(key, mac, own_port, everywhere);
-        self.apply_scope(changed);
-        self.epoch_wanted |= everywhere;
-    }
-
-    fn disarm(&mut self, key: Key, mac: MacAddr) {
-        let (changed, mac_is_free) = self.armed.disarm(key, mac);
-        self.apply_scope(changed);
-        let ip = watch_ip(key.segment, key.vlan, key.ip);
-        let mac = mac_is_free.then(|| watch_mac(key.segment, key.vlan, mac));
-        for watch in [Some(ip), mac].into_iter().flatten() {
-            if let Err(error) = self.kernel.disarm(&watch) {
-                warn!(error = %chain(&error), "cannot stop watching an address");
-            }
-        }
-    }
-
-    fn apply_scope(&mut self, scope: Scope) {
-        if let Some(port) = scope.port {
-            self.apply_exact(port);
-        }
-        if let Some(segment) = scope.segment {
-            let ports: Vec<IfIndex> = self
-                .watched
-                .values()
-                .filter(|watched| watched.port.segment == segment)
-                .map(|watched| watched.port.ifindex)
-                .collect();
-            for port in ports {
-                self.apply_exact(port);
-            }
-        }
-    }
-
-    fn apply_exact(&mut self, port: IfIndex) {
-        if let Some(watched) = self.watched.get(&port) {
-            self.kernel
-                .set_exact(port, self.armed.wants(port, watched.port.segment));
-        }
-    }
-
-    fn look(&self, key: Key, chaddr: MacAddr, own_port: Option<IfIndex>) -> Evidence {
-        let ip = self
-            .kernel
-            .watched(&watch_ip(key.segment, key.vlan, key.ip))
-            .ok()
-            .flatten();
-        let mac = self
-            .kernel
-            .watched(&watch_mac(key.segment, key.vlan, chaddr))
-            .ok()
-            .flatten();
-        let own = own_port.unwrap_or(0);
-        // Only its own station proves that it uses the address.
-        let address_at = ip
-            .filter(|value| value.mac == chaddr.0)
-            .and_then(|value| value.seen_at(own));
-        // Where no program is attached, silence says nothing.
-        let sighted = own_port.is_none_or(|port| self.watched.contains_key(&port))
-            && self.blind.values().all(|port| port.segment != key.segment);
-        let values = [ip, mac];
-        let by_own = values
-            .iter()
-            .flatten()
-            .filter_map(|value| value.seen_at(own))
-            .max();
-        let elsewhere = values
-            .iter()
-            .flatten()
-            .filter_map(|value| value.seen_elsewhere(own))
-            .max();
-        let uplinks = self.watched.values().filter(|watched| {
-            watched.port.segment == key.segment && watched.port.role == Role::Uplink
-        });
-        Evidence {
-            own_at: by_own.map(Time::from_nanos),
-            address_at: address_at.map(Time::from_nanos),
-            elsewhere: elsewhere.map(|(at, port)| (Time::from_nanos(at), port)),
-            port_at: own_port.and_then(|port| self.heard(port)),
-            uplink_at: uplinks
-                .filter_map(|watched| self.heard(watched.port.ifindex))
-                .max(),
-            address: ip
-                .filter(|value| value.latest_ns() != 0)
-                .map(|value| (Time::from_nanos(value.latest_ns()), MacAddr(value.mac))),
-            armed: ip.is_some() && mac.is_some() && sighted,
-        }
-    }
-
-    /// Since when something may have come in by the port, at the latest.
-    fn heard(&self, port: IfIndex) -> Option<Time> {
-        self.epochs.began(self.kernel.port_epoch(port)?)
-    }
-
-    fn probe(&mut self, probe: &Probe) -> bool {
-        if let ProbeVia::Port(port) = probe.via {
-            self.put_back(port);
-        }
-        let (port, segment) = match probe.via {
-            ProbeVia::Port(port) => (Some(port), self.watched.get(&port).map(|w| w.port.segment)),
-            ProbeVia::Segment(segment) => (None, Some(segment)),
-        };
-        let Some(bridge) = segment.and_then(|segment| self.segments.bridge(segment)) else {
-            return false;
-        };
-        let Some(vlan) = port.map_or(Some(probe.vlan), |port| {
-            self.vlans.tag(bridge.ifindex, port, probe.vlan)
-        }) else {
-            return false;
-        };
-        let frame = arp::probe(bridge.mac, &Probe { vlan, ..*probe });
-        match self.socket.send_on(port.unwrap_or(bridge.ifindex), &frame) {
-            Ok(()) => true,
-            Err(error) => {
-                debug!(error = %chain(&error), "probe not sent");
-                false
-            }
-        }
-    }
-
-    /// Others remove filters from a clsact that they share with us (Calico and OVS do): before an
-    /// answer is waited for, they are there.
-    fn put_back(&mut self, port: IfIndex) -> bool {
-        let Some(watched) = self.watched.get(&port) else {
-            return false;
-        };
-        if watched.hook != AttachedHook::Clsact || self.kernel.in_place(port) {
-            return false;
-        }
-        warn!(
-            port = watched.port.name,
-            "somebody took a program away: it is put back"
-        );
-        self.unheard.insert(watched.port.segment);
-        let (rate, burst) = self.record_limits(watched.port.role);
-        if let Err(error) = self.kernel.watch(&watched.port, rate, burst) {
-            self.counters.watch_failures += 1;
-            warn!(port = watched.port.name, error = %chain(&error), "cannot watch, and tries again");
-            if let Some(watched) = self.watched.remove(&port) {
-                self.blind.insert(port, watched.port);
-            }
-        }
-        true
-    }
-
-    /// Whether at any port of these segments something was missing.
-    fn put_all_back(&mut self, segments: &BTreeSet<SegmentId>) -> bool {
-        let ports = self.watched.values().map(|watched| &watched.port);
-        let ports = ports.filter(|port| segments.contains(&port.segment));
-        let ports: Vec<IfIndex> = ports.map(|port| port.ifindex).collect();
-        let missing = ports.into_iter().filter(|port| self.put_back(*port));
-        missing.count() > 0
-    }
-
-    fn record_limits(&self, role: Role) -> (u16, u16) {
-        match role {
-            Role::Vm | Role::Aside => (self.settings.record_rate, self.settings.record_burst),
-            Role::Uplink => UPLINK_RECORDS,
-        }
-    }
-
-    /// Has `emit` let the RELEASE pass once it comes, and returns its frame. An error is what became
-    /// of it, since it cannot leave.
-    async fn order(&mut self, release: &Release, xid: u32) -> Result<Vec<u8>, ReleaseOutcome> {
-        if self.settings.dry_run {
-            return Err(ReleaseOutcome::DryRun);
-        }
-        let Some(bridge) = self.segments.bridge(release.segment) else {
-            return Err(ReleaseOutcome::Failed);
-        };
-        let server_mac = match release.server_mac {
-            Some(mac) if mac == bridge.mac => mac,
-            // The bridge's MAC may have changed since the ACK: it takes that of a port.
-            _ if self.is_local(bridge.ifindex, release.server).await => bridge.mac,
-            Some(mac) => mac,
-            None => {
-                warn!(server = %release.server, "no frame of the server was seen: its MAC is not known");
-                return Err(ReleaseOutcome::Failed);
-            }
-        };
-        let direction = if server_mac == bridge.mac {
-            EMIT_INGRESS
-        } else {
-            EMIT_EGRESS
-        };
-        let vlan = match direction {
-            // The host's own stack gets what the bridge would have handed up to it.
-            EMIT_INGRESS => self
-                .vlans
-                .tag(bridge.ifindex, bridge.ifindex, release.vlan)
-                .unwrap_or(release.vlan),
-            _ => release.vlan,
-        };
-        let order = EmitOrder {
-            silent_since_ns: release.silent_since.as_nanos(),
-            ip: watch_ip(release.segment, release.vlan, release.ip),
-            mac: watch_mac(release.segment, release.vlan, release.chaddr),
-            ifindex: bridge.ifindex,
-            direction,
-            verdict: VERDICT_NONE,
-            vlan: vlan.to_be_bytes(),
-        };
-        let frame = release_frame(release, server_mac, xid, MESSAGE);
-        let ordered = frame.map_err(anyhow::Error::from).and_then(|frame| {
-            self.kernel.order(xid, &order)?;
-            Ok(frame)
-        });
-        ordered.map_err(|error| {
-            warn!(xid, error = format!("{error:#}"), "RELEASE not sent");
-            ReleaseOutcome::Failed
-        })
-    }
-
-    async fn is_local(&mut self, bridge: IfIndex, ip: Ipv4Addr) -> bool {
-        match self.addresses.of(bridge).await {
-            Ok(networks) => networks.iter().any(|(own, _)| *own == ip),
-            Err(error) => {
-                warn!(error = %chain(&error), "cannot read the bridge's addresses");
-                false
-            }
-        }
-    }
-
-    /// Sends a RELEASE that was ordered.
-    fn send(&self, xid: u32, frame: &[u8]) -> ReleaseOutcome {
-        // A vetoed frame is an error here too; the verdict tells which it was.
-        let sent = self.link.send_release(frame);
-        match (self.kernel.verdict(xid), sent) {
-            (Ok(VERDICT_SENT), _) => ReleaseOutcome::Sent,
-            (Ok(VERDICT_VETOED), _) => ReleaseOutcome::Vetoed,
-            (Ok(VERDICT_NONE), Err(error)) => {
-                warn!(xid, error = %chain(&error), "RELEASE not sent");
-                ReleaseOutcome::Failed
-            }
-            (Ok(verdict), _) => {
-                warn!(xid, verdict, "RELEASE did not pass the emit program");
-                ReleaseOutcome::Failed
-            }
-            (Err(error), _) => {
-                warn!(xid, error = %chain(&error), "RELEASE not sent");
-                ReleaseOutcome::Failed
-            }
         }
     }
 

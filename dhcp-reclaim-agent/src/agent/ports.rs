@@ -1,0 +1,211 @@
+//! Ports come and go: what is watched, since when, and whether the programs are still there.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use futures::FutureExt as _;
+use tracing::{debug, info, warn};
+
+use super::{Agent, Watched, chain};
+use crate::{
+    clock,
+    core::{Event, IfIndex, Port, PortLoss, Role, SegmentId},
+    kernel::{AttachedHook, BATCH},
+    ports::{PortEvent, VlanFiltering},
+};
+
+/// A guest that was plugged in before may have its lease by then, and have been quiet since.
+const LATE: Duration = Duration::from_secs(1);
+/// DHCP records a second, and at once, of an uplink: many hosts speak there.
+const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
+
+impl Agent {
+    /// All that are there, so that a host that starts many VMs waits for one commit, not for many.
+    pub(super) async fn port_events(&mut self, first: PortEvent) -> anyhow::Result<()> {
+        self.turn().await;
+        self.port_event(first).await;
+        for _ in 1..BATCH {
+            let Some(event) = self.ports.next().now_or_never() else {
+                break;
+            };
+            self.port_event(event?).await;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn port_event(&mut self, event: PortEvent) {
+        match event {
+            PortEvent::BridgeUp { ifindex, name, mac } => {
+                info!(bridge = name, ifindex, %mac, "bridge is there");
+                self.segments.up(ifindex, &name, mac);
+                if let Some(segment) = self.segments.id(&name) {
+                    let there = true;
+                    self.tell(Event::Bridge { segment, there }).await;
+                }
+                // The one before it may have filtered VLANs.
+                self.bridge_vlans(ifindex, VlanFiltering::Off).await;
+            }
+            PortEvent::BridgeMac { ifindex, mac } => self.segments.set_mac(ifindex, mac),
+            PortEvent::BridgeVlans { ifindex, filtering } => {
+                self.bridge_vlans(ifindex, filtering).await;
+            }
+            PortEvent::Vlans { ifindex, vlans } => self.vlans_of(ifindex, vlans).await,
+            PortEvent::BridgeDown { ifindex, name } => {
+                warn!(bridge = name, ifindex, "bridge is gone: waiting for it");
+                self.segments.down(ifindex);
+                self.vlans.forget(ifindex);
+                if let Some(segment) = self.segments.id(&name) {
+                    let there = false;
+                    self.tell(Event::Bridge { segment, there }).await;
+                }
+            }
+            PortEvent::PortUp(port) => self.port_up(port).await,
+            PortEvent::PortDown { ifindex, loss } => self.port_down(ifindex, loss).await,
+            PortEvent::Resynced => {
+                warn!(
+                    resyncs = self.ports.resyncs(),
+                    "link messages were lost; all links read anew"
+                );
+            }
+        }
+    }
+
+    async fn port_up(&mut self, port: Port) {
+        let Some(segment) = self.segments.by_ifindex(port.segment) else {
+            return;
+        };
+        if self.memory.has_ended_port() {
+            // What the VM says by its next port must not seem to come from somebody else.
+            self.commit();
+        }
+        self.watch(Port { segment, ..port }).await;
+    }
+
+    pub(super) async fn watch(&mut self, port: Port) {
+        let (rate, burst) = self.record_limits(port.role);
+        let hook = match self
+            .expedite
+            .during(|| self.kernel.watch(&port, rate, burst))
+        {
+            Ok(hook) => hook,
+            Err(error) => {
+                self.counters.watch_failures += 1;
+                warn!(port = port.name, error = %chain(&error), "cannot watch, and tries again");
+                self.watched.remove(&port.ifindex);
+                self.blind.insert(port.ifindex, port);
+                return;
+            }
+        };
+        debug!(port = port.name, role = ?port.role, hook = hook.name(), "watched");
+        let ifindex = port.ifindex;
+        let was_blind = self.blind.remove(&ifindex).is_some();
+        let late = clock::monotonic().since(self.ports_since) > LATE;
+        if (was_blind || late) && !self.remembering {
+            self.unheard.insert(port.segment);
+        }
+        // A slot that was the port's already may have lost records that nobody heard of; a new one
+        // counts from zero.
+        let total = self.kernel.port_lost(ifindex).unwrap_or(0);
+        let lost = match self.watched.get(&ifindex) {
+            Some(watched) => watched.lost,
+            None => self.memory.port_lost(ifindex, &port.name).min(total),
+        };
+        self.watched.insert(
+            ifindex,
+            Watched {
+                port: port.clone(),
+                hook,
+                lost,
+            },
+        );
+        self.memory.port(ifindex);
+        self.apply_pvid(ifindex);
+        if !self.remembering {
+            self.apply_exact(ifindex);
+        }
+        self.tell(Event::PortUp(port)).await;
+    }
+
+    async fn port_down(&mut self, ifindex: IfIndex, loss: PortLoss) {
+        // The last words of its VM are in the ring.
+        self.drain().await;
+        self.check_lost(ifindex).await;
+        match loss {
+            PortLoss::CarrierLost | PortLoss::LinkDown => {}
+            PortLoss::Deleted | PortLoss::Detached | PortLoss::Unseen => {
+                self.memory.port_ended();
+                self.kernel.unwatch(ifindex);
+                self.watched.remove(&ifindex);
+                self.blind.remove(&ifindex);
+                self.vlans.forget(ifindex);
+                self.memory.port(ifindex);
+            }
+        }
+        self.tell(Event::PortDown {
+            port: ifindex,
+            loss,
+        })
+        .await;
+    }
+
+    pub(super) async fn check_lost(&mut self, ifindex: IfIndex) {
+        let Some(watched) = self.watched.get_mut(&ifindex) else {
+            return;
+        };
+        let Some(total) = self
+            .kernel
+            .port_lost(ifindex)
+            .filter(|total| *total != watched.lost)
+        else {
+            return;
+        };
+        let lost = total.wrapping_sub(watched.lost);
+        watched.lost = total;
+        self.memory.port(ifindex);
+        Box::pin(self.tell(Event::RecordsLost {
+            port: ifindex,
+            count: lost,
+        }))
+        .await;
+    }
+
+    /// Others remove filters from a clsact that they share with us (Calico and OVS do): before an
+    /// answer is waited for, they are there.
+    pub(super) fn put_back(&mut self, port: IfIndex) -> bool {
+        let Some(watched) = self.watched.get(&port) else {
+            return false;
+        };
+        if watched.hook != AttachedHook::Clsact || self.kernel.in_place(port) {
+            return false;
+        }
+        warn!(
+            port = watched.port.name,
+            "somebody took a program away: it is put back"
+        );
+        self.unheard.insert(watched.port.segment);
+        let (rate, burst) = self.record_limits(watched.port.role);
+        if let Err(error) = self.kernel.watch(&watched.port, rate, burst) {
+            self.counters.watch_failures += 1;
+            warn!(port = watched.port.name, error = %chain(&error), "cannot watch, and tries again");
+            if let Some(watched) = self.watched.remove(&port) {
+                self.blind.insert(port, watched.port);
+            }
+        }
+        true
+    }
+
+    /// Whether at any port of these segments something was missing.
+    pub(super) fn put_all_back(&mut self, segments: &BTreeSet<SegmentId>) -> bool {
+        let ports = self.watched.values().map(|watched| &watched.port);
+        let ports = ports.filter(|port| segments.contains(&port.segment));
+        let ports: Vec<IfIndex> = ports.map(|port| port.ifindex).collect();
+        let missing = ports.into_iter().filter(|port| self.put_back(*port));
+        missing.count() > 0
+    }
+
+    pub(super) fn record_limits(&self, role: Role) -> (u16, u16) {
+        match role {
+            Role::Vm | Role::Aside => (self.settings.record_rate, self.settings.record_burst),
+            Role::Uplink => UPLINK_RECORDS,
+        }
+    }
+}
