@@ -71,6 +71,8 @@ struct Segment {
     watched_at: Time,
     /// Until when a new port of it was not heard for long.
     unheard_until: Time,
+    /// When everybody's silence began anew for that.
+    anew_at: Option<Time>,
     uplinks: BTreeSet<IfIndex>,
     /// It has one, or had: without it, a VM that moved is only out of sight.
     had_uplink: bool,
@@ -290,6 +292,7 @@ impl Engine {
             settled_at,
             watched_at: Time::ZERO,
             unheard_until: Time::ZERO,
+            anew_at: None,
             uplinks: BTreeSet::new(),
             had_aside: false,
             had_uplink: false,

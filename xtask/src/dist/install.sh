@@ -23,7 +23,11 @@ for file in /usr/bin/dhcp-reclaim /lib/systemd/system/dhcp-reclaim.service $conf
     /usr/share/bash-completion/completions/dhcp-reclaim \
     /usr/share/zsh/vendor-completions/_dhcp-reclaim \
     /usr/share/fish/vendor_completions.d/dhcp-reclaim.fish \
-    /usr/share/doc/dhcp-reclaim/copyright /usr/share/doc/dhcp-reclaim/dhcp-reclaim.cdx.json; do
+    /usr/share/doc/dhcp-reclaim/copyright /usr/share/doc/dhcp-reclaim/dhcp-reclaim.cdx.json \
+    /usr/share/doc/dhcp-reclaim/README.md /usr/share/doc/dhcp-reclaim/docs/getting-started.md \
+    /usr/share/doc/dhcp-reclaim/packaging/prometheus/dhcp-reclaim.rules.yml \
+    /usr/share/doc/dhcp-reclaim/packaging/grafana/dhcp-reclaim.json \
+    /usr/share/doc/dhcp-reclaim/packaging/kubernetes/dhcp-reclaim.yaml; do
     [ -s "$root$file" ] || fail "no $file"
 done
 told=$(inside dhcp-reclaim --version)

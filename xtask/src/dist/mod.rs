@@ -156,11 +156,25 @@ fn package(workspace: &Path, deb: &Path, version: &str) -> Result<()> {
     run(&mut command).map(drop)
 }
 
+/// The .deb has them, too.
+const EXAMPLES: [&str; 4] = [
+    "packaging/prometheus/dhcp-reclaim.rules.yml",
+    "packaging/grafana/dhcp-reclaim.json",
+    "packaging/kubernetes/dhcp-reclaim.yaml",
+    "packaging/oci/Containerfile",
+];
+
 fn tarball(dir: &Path, version: &str) -> Result<PathBuf> {
     let name = format!("dhcp-reclaim-{version}-{TARGET}");
     let folder = dir.join(&name);
     clear(&folder)?;
     let packaging = root().join("packaging");
+    // What the pages tell people to use, by the paths that they name.
+    for example in EXAMPLES {
+        let to = folder.join(example);
+        fs::create_dir_all(to.parent().context("no folder")?)?;
+        fs::copy(root().join(example), to).with_context(|| example.to_owned())?;
+    }
     for (from, to) in [
         (dir.join("bin/dhcp-reclaim"), "dhcp-reclaim"),
         (
@@ -173,6 +187,7 @@ fn tarball(dir: &Path, version: &str) -> Result<PathBuf> {
         ),
         (dir.join("dhcp-reclaim.cdx.json"), "dhcp-reclaim.cdx.json"),
         (root().join("README.md"), "README.md"),
+        (root().join("ARCHITECTURE.md"), "ARCHITECTURE.md"),
         (root().join("LICENSE"), "LICENSE"),
         (root().join("LICENSE-APACHE"), "LICENSE-APACHE"),
         (root().join("LICENSE-MIT"), "LICENSE-MIT"),

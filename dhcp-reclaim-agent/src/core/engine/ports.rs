@@ -9,6 +9,10 @@ use crate::core::{
     types::{Action, IfIndex, Key, NoticeKind, Port, PortLoss, Role, SegmentId, State, Time},
 };
 
+/// For as long the silence of everybody on a segment does not begin anew again: little of five minutes,
+/// and all of them are to be gone through.
+const UNHEARD_AGAIN: Duration = Duration::from_secs(1);
+
 impl Engine {
     pub(super) fn port_up(&mut self, port: Port, now: Time) {
         let settle = now + self.policy.settle;
@@ -82,9 +86,19 @@ impl Engine {
 
     pub(super) fn unheard(&mut self, id: SegmentId, now: Time) {
         self.add("ports_unheard", 1);
-        self.segment(id).unheard_until = now;
+        let segment = self.segment(id);
+        segment.unheard_until = now;
+        let again = segment
+            .anew_at
+            .is_none_or(|at| now.since(at) >= UNHEARD_AGAIN);
+        if again {
+            segment.anew_at = Some(now);
+        }
         self.deafen(Some(id));
-        self.restart_holds(id, now);
+        // Where many ports came at once, everybody has just begun anew.
+        if again {
+            self.restart_holds(id, now);
+        }
     }
 
     /// Whoever lost its port may have started at another one unheard; of one segment, or of all.
