@@ -80,6 +80,10 @@ impl Armed {
             .collect()
     }
 
+    pub(super) fn macs(&self) -> impl Iterator<Item = (SegmentId, MacAddr)> {
+        self.macs.keys().map(|(segment, _, mac)| (*segment, *mac))
+    }
+
     /// Those of which every port is watched for somebody.
     pub(super) fn segments(&self) -> impl Iterator<Item = SegmentId> {
         self.segments.keys().copied()

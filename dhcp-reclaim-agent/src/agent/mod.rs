@@ -130,8 +130,8 @@ struct Agent {
     /// When the loop last had something to do, and since when what it hears of ports may have been so.
     began: Time,
     ports_since: Time,
-    /// Segments with a port whose VM was not heard for long.
-    unheard: BTreeSet<SegmentId>,
+    /// Ports, by their segments, that were not heard for long.
+    late: BTreeMap<IfIndex, SegmentId>,
 }
 
 /// What the loop has to do next.
@@ -237,7 +237,7 @@ impl Agent {
             turned_at: clock::boottime(),
             began: clock::monotonic(),
             ports_since: clock::monotonic(),
-            unheard: BTreeSet::new(),
+            late: BTreeMap::new(),
             ports,
             link,
             socket,
@@ -316,7 +316,6 @@ impl Agent {
             warn!(bridge, "not there yet: waiting for it");
         }
         self.service.ready(&self.status());
-        self.began = clock::monotonic();
         let mut ring_turns = 0_u32;
         loop {
             if std::mem::take(&mut self.epoch_wanted) {
@@ -369,11 +368,15 @@ impl Agent {
                         self.answer(request).await;
                     }
                 }
-                Turn::Due => {
+                // A timer that is due shows a moment later: it is not waited for.
+                Turn::Due | Turn::Others => {
                     self.turn().await;
                     self.drain().await;
                     self.engine.handle_timeout(clock::monotonic());
                     self.carry_out().await;
+                    if matches!(turn, Turn::Others) {
+                        self.look_at_sockets().await;
+                    }
                 }
                 Turn::Answers => self.read_answers().await,
                 Turn::Sockets => self.look_at_sockets().await,
@@ -382,8 +385,8 @@ impl Agent {
                     let _gone = reply.send(self.snapshot());
                 }
                 Turn::Tick => self.tick().await,
-                Turn::Others => {}
             }
+            self.hear_late().await;
             self.commit();
             self.service.alive(clock::monotonic());
         }
@@ -435,7 +438,7 @@ impl Agent {
     async fn tick(&mut self) {
         self.turn().await;
         self.next_epoch();
-        for port in std::mem::take(&mut self.blind).into_values() {
+        for port in self.blind.values().cloned().collect::<Vec<_>>() {
             self.watch(port).await;
         }
         let ports: Vec<IfIndex> = self.watched.keys().copied().collect();
@@ -523,10 +526,6 @@ impl Agent {
 
     async fn carry_out(&mut self) {
         loop {
-            for segment in std::mem::take(&mut self.unheard) {
-                let event = Event::Unheard { segment };
-                self.engine.handle(event, clock::monotonic());
-            }
             self.carry_out_all().await;
             let intents = self.memory.take_intents();
             let mut soundings = self.soundings.take_pending();

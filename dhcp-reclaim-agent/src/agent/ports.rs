@@ -1,6 +1,9 @@
 //! Ports come and go: what is watched, since when, and whether the programs are still there.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use futures::FutureExt as _;
 use tracing::{debug, info, warn};
@@ -8,9 +11,9 @@ use tracing::{debug, info, warn};
 use super::{Agent, Watched, chain};
 use crate::{
     clock,
-    core::{Event, IfIndex, Port, PortLoss, Role, SegmentId},
-    kernel::{AttachedHook, BATCH},
-    ports::{PortEvent, VlanFiltering},
+    core::{Event, IfIndex, MacAddr, Port, PortLoss, Role, SegmentId},
+    kernel::{AttachedHook, BATCH, KernelError},
+    ports::{PortEvent, VlanFiltering, learned_macs},
 };
 
 /// A guest that was plugged in before may have its lease by then, and have been quiet since.
@@ -100,7 +103,7 @@ impl Agent {
         let was_blind = self.blind.remove(&ifindex).is_some();
         let late = clock::monotonic().since(self.ports_since) > LATE;
         if (was_blind || late) && !self.remembering {
-            self.unheard.insert(port.segment);
+            self.late.insert(ifindex, port.segment);
         }
         // A slot that was the port's already may have lost records that nobody heard of; a new one
         // counts from zero.
@@ -170,36 +173,73 @@ impl Agent {
 
     /// Others remove filters from a clsact that they share with us (Calico and OVS do): before an
     /// answer is waited for, they are there.
-    pub(super) fn put_back(&mut self, port: IfIndex) -> bool {
+    pub(super) fn put_back(&mut self, port: IfIndex) {
         let Some(watched) = self.watched.get(&port) else {
-            return false;
+            return;
         };
         if watched.hook != AttachedHook::Clsact || self.kernel.in_place(port) {
-            return false;
+            return;
         }
-        warn!(
-            port = watched.port.name,
-            "somebody took a program away: it is put back"
-        );
-        self.unheard.insert(watched.port.segment);
         let (rate, burst) = self.record_limits(watched.port.role);
-        if let Err(error) = self.kernel.watch(&watched.port, rate, burst) {
-            self.counters.watch_failures += 1;
-            warn!(port = watched.port.name, error = %chain(&error), "cannot watch, and tries again");
-            if let Some(watched) = self.watched.remove(&port) {
-                self.blind.insert(port, watched.port);
+        match self.kernel.watch(&watched.port, rate, burst) {
+            Ok(_) => warn!(
+                port = watched.port.name,
+                "somebody took a program away: it is put back"
+            ),
+            // Nobody did: that it is gone is told soon.
+            Err(KernelError::PortGone { .. }) => return,
+            Err(error) => {
+                self.counters.watch_failures += 1;
+                warn!(port = watched.port.name, error = %chain(&error), "cannot watch, and tries again");
+                if let Some(watched) = self.watched.remove(&port) {
+                    self.late.insert(port, watched.port.segment);
+                    self.blind.insert(port, watched.port);
+                }
+                return;
             }
         }
-        true
+        self.late.insert(port, watched.port.segment);
     }
 
-    /// Whether at any port of these segments something was missing.
-    pub(super) fn put_all_back(&mut self, segments: &BTreeSet<SegmentId>) -> bool {
+    /// At all ports of these segments.
+    pub(super) fn put_all_back(&mut self, segments: &BTreeSet<SegmentId>) {
         let ports = self.watched.values().map(|watched| &watched.port);
         let ports = ports.filter(|port| segments.contains(&port.segment));
-        let ports: Vec<IfIndex> = ports.map(|port| port.ifindex).collect();
-        let missing = ports.into_iter().filter(|port| self.put_back(*port));
-        missing.count() > 0
+        for port in ports.map(|port| port.ifindex).collect::<Vec<_>>() {
+            self.put_back(port);
+        }
+    }
+
+    /// Who spoke at the ports that were not heard, the bridge has learned: it may be one of those who are
+    /// searched for.
+    pub(super) async fn hear_late(&mut self) {
+        if self.late.is_empty() {
+            return;
+        }
+        let late = std::mem::take(&mut self.late);
+        let mut spoke: BTreeMap<SegmentId, BTreeSet<MacAddr>> = BTreeMap::new();
+        for segment in late.values() {
+            spoke.entry(*segment).or_default();
+        }
+        match learned_macs().await {
+            Ok(learned) => {
+                for (port, _, mac) in learned {
+                    if let Some(macs) = late.get(&port).and_then(|it| spoke.get_mut(it)) {
+                        macs.insert(mac);
+                    }
+                }
+            }
+            Err(error) => {
+                warn!(error = %chain(&error), "what the bridges have learned is not known");
+                for (segment, mac) in self.armed.macs() {
+                    spoke.entry(segment).or_default().insert(mac);
+                }
+            }
+        }
+        for (segment, macs) in spoke {
+            let macs = macs.into_iter().collect();
+            self.tell(Event::Unheard { segment, macs }).await;
+        }
     }
 
     pub(super) fn record_limits(&self, role: Role) -> (u16, u16) {

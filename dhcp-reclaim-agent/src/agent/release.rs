@@ -1,6 +1,6 @@
 //! How a RELEASE leaves: the order, the last look at what came between, the frame.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use dhcp_reclaim_ebpf::abi::{
     EMIT_EGRESS, EMIT_INGRESS, EmitOrder, VERDICT_NONE, VERDICT_SENT, VERDICT_VETOED,
@@ -10,7 +10,7 @@ use tracing::warn;
 use super::{Agent, Intent, SUSPENDED, chain};
 use crate::{
     clock,
-    core::{IfIndex, Release, ReleaseOutcome},
+    core::{IfIndex, Release, ReleaseOutcome, SegmentId},
     kernel::{watch_ip, watch_mac},
     packet::release::release_frame,
 };
@@ -25,17 +25,22 @@ impl Agent {
     pub(super) async fn is_overtaken(&mut self, ready: &[(usize, Intent, Vec<u8>)]) -> bool {
         // What has arrived is there to be read after this.
         tokio::task::yield_now().await;
-        let waits = self.ports.new_port_waits().unwrap_or_else(|error| {
-            warn!(error = %chain(&error), "cannot hear of new ports");
-            true
-        });
         let segments = ready.iter().map(|(_, intent, _)| intent.release.segment);
-        let gaps = self.put_all_back(&segments.collect());
-        waits || gaps || self.memory.was_suspended(clock::suspended(), SUSPENDED)
+        let segments: BTreeSet<SegmentId> = segments.collect();
+        self.put_all_back(&segments);
+        let unseen = self.late.values();
+        let unseen = unseen.chain(self.blind.values().map(|port| &port.segment));
+        let is_unseen = unseen.into_iter().any(|it| segments.contains(it));
+        let comes = self.ports.waiting().is_none_or(|ports| {
+            let new = ports
+                .iter()
+                .filter(|port| !self.watched.contains_key(&port.ifindex));
+            let new = new.filter_map(|port| self.segments.by_ifindex(port.segment));
+            new.into_iter().any(|it| segments.contains(&it))
+        });
+        comes || is_unseen || self.memory.was_suspended(clock::suspended(), SUSPENDED)
     }
 
-    /// Has `emit` let the RELEASE pass once it comes, and returns its frame. An error is what became
-    /// of it, since it cannot leave.
     pub(super) async fn order(
         &mut self,
         release: &Release,

@@ -158,6 +158,9 @@ impl Agent {
 
     /// Looks whether servers on this host have read all that they were sent.
     pub(super) async fn look_at_sockets(&mut self) {
+        if self.soundings.local.is_empty() {
+            return;
+        }
         let now = clock::monotonic();
         self.soundings.expire(now);
         self.soundings.look_at = now + LOOK;

@@ -44,6 +44,8 @@ pub struct Binding {
     /// When a binding that only a REQUEST made is given up.
     pub tentative_until: Option<Time>,
     pub last_seen: Option<Time>,
+    /// It spoke at a port that was not heard, by then.
+    pub unheard_at: Option<Time>,
     pub since: Time,
     /// When it fell silent, or its port was lost, if nothing was heard of it since.
     pub silent_at: Option<Time>,
@@ -169,6 +171,7 @@ impl Binding {
             expires: None,
             tentative_until: None,
             last_seen: None,
+            unheard_at: None,
             since,
             silent_at: None,
             check: Check::Idle,

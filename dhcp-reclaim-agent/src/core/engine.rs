@@ -69,10 +69,6 @@ struct Segment {
     settled_at: Time,
     /// Since when all of its ports are watched: who came by the latest of them before that was not heard.
     watched_at: Time,
-    /// Until when a new port of it was not heard for long.
-    unheard_until: Time,
-    /// When everybody's silence began anew for that.
-    anew_at: Option<Time>,
     uplinks: BTreeSet<IfIndex>,
     /// It has one, or had: without it, a VM that moved is only out of sight.
     had_uplink: bool,
@@ -220,7 +216,7 @@ impl Engine {
     pub fn handle(&mut self, event: Event, now: Time) {
         match event {
             Event::PortUp(port) => self.port_up(port, now),
-            Event::Unheard { segment } => self.unheard(segment, now),
+            Event::Unheard { segment, macs } => self.unheard(segment, &macs, now),
             Event::PortDown { port, loss } => self.port_down(port, loss, now),
             Event::Bridge { segment, there } => self.bridge(segment, there, now),
             Event::SegmentHeld { segment, reason } => self.segment_held(segment, reason, now),
@@ -291,8 +287,6 @@ impl Engine {
         self.segments.entry(id).or_insert_with(|| Segment {
             settled_at,
             watched_at: Time::ZERO,
-            unheard_until: Time::ZERO,
-            anew_at: None,
             uplinks: BTreeSet::new(),
             had_aside: false,
             had_uplink: false,

@@ -331,10 +331,11 @@ pub enum ReleaseOutcome {
 /// What happened outside of the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// What was said by a new port of it was not heard for a while: whoever is searched for may have been
-    /// given its address there.
+    /// Ports of it were not heard for a while, and these spoke there: whoever of them is searched for may
+    /// have been given its address there.
     Unheard {
         segment: SegmentId,
+        macs: Vec<MacAddr>,
     },
     /// A port is there and watched.
     PortUp(Port),

@@ -31,7 +31,7 @@ pub use self::{
     glob::{Glob, GlobError},
     links::{Link, LinkChange, Links, OWN_PREFIX, PortEvent, PortRules, VlanFiltering},
 };
-use crate::core::{IfIndex, MacAddr, Vlan};
+use crate::core::{IfIndex, MacAddr, Port, Vlan};
 
 /// The group of link messages, as the bit for bind(2).
 const GROUP_LINK: u32 = 1;
@@ -70,6 +70,8 @@ pub struct PortWatcher {
     links_lost: bool,
     resyncs: u64,
     malformed: u64,
+    /// To be told by [`Self::next`].
+    failed: Option<WatchError>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +103,7 @@ impl PortWatcher {
             of_vlans: false,
             links_lost: false,
             resyncs: 0,
+            failed: None,
             malformed: 0,
         };
         // The socket is a member of the group already: what changes during the dump is not missed.
@@ -117,25 +120,37 @@ impl PortWatcher {
             if let Some(event) = self.ready.pop_front() {
                 return Ok(event);
             }
+            if let Some(error) = self.failed.take() {
+                return Err(error);
+            }
             self.receive().await?;
         }
     }
 
-    /// Reads what is there, and waits for nothing: whether a port is among it.
-    pub fn new_port_waits(&mut self) -> Result<bool, WatchError> {
+    /// Reads what is there, and waits for nothing: the ports that are to be told of, with their bridges'
+    /// numbers for segments; or `None`, if that is not known by now. An error is [`Self::next`]'s to tell.
+    pub fn waiting(&mut self) -> Option<Vec<Port>> {
         // More than that is as good as one.
         for _ in 0..256 {
-            match self.receive().now_or_never() {
-                Some(read) => read?,
+            // However much there is: nobody else is to have a turn here.
+            match tokio::task::unconstrained(self.receive()).now_or_never() {
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    self.failed = Some(error);
+                    return None;
+                }
+                None if self.dump != Dump::None => return None,
                 None => {
-                    // What the kernel has been asked for meanwhile may be about one.
-                    let asked = self.dump != Dump::None;
-                    let mut ready = self.ready.iter();
-                    return Ok(asked || ready.any(|it| matches!(it, PortEvent::PortUp(_))));
+                    let ready = self.ready.iter();
+                    let ports = ready.filter_map(|event| match event {
+                        PortEvent::PortUp(port) => Some(port.clone()),
+                        _ => None,
+                    });
+                    return Some(ports.collect());
                 }
             }
         }
-        Ok(true)
+        None
     }
 
     /// How often the kernel dropped messages, and all links were read anew.
@@ -507,17 +522,20 @@ mod tests {
             ip("link add br0 type bridge");
             let (_, mut watcher) = PortWatcher::start(rules()).await.unwrap();
             nothing_more(&mut watcher).await;
-            assert!(!watcher.new_port_waits().unwrap());
+            assert_eq!(watcher.waiting(), Some(Vec::new()));
             ip("link add vm0 master br0 type veth peer name guest0");
             // As the agent does: the runtime has not looked at its sockets since.
             tokio::task::yield_now().await;
-            assert!(watcher.new_port_waits().unwrap());
-            assert!(watcher.new_port_waits().unwrap(), "it waits still");
+            for _ in 0..2 {
+                let waiting = watcher.waiting().unwrap_or_default();
+                let names: Vec<&str> = waiting.iter().map(|port| port.name.as_str()).collect();
+                assert_eq!(names, ["vm0"], "it waits until it is told");
+            }
             next_up(&mut watcher, "vm0").await;
             nothing_more(&mut watcher).await;
             ip("link del vm0");
             tokio::task::yield_now().await;
-            assert!(!watcher.new_port_waits().unwrap(), "it is gone, not new");
+            assert_eq!(watcher.waiting(), Some(Vec::new()), "it is gone, not new");
         });
     }
 

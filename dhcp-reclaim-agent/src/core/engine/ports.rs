@@ -6,12 +6,10 @@ use super::{Engine, PortInfo, REPORT_EVERY, RETRY};
 use crate::core::{
     binding::{Binding, Check, Doubt},
     gates::Gate,
-    types::{Action, IfIndex, Key, NoticeKind, Port, PortLoss, Role, SegmentId, State, Time},
+    types::{
+        Action, IfIndex, Key, MacAddr, NoticeKind, Port, PortLoss, Role, SegmentId, State, Time,
+    },
 };
-
-/// For as long the silence of everybody on a segment does not begin anew again: little of five minutes,
-/// and all of them are to be gone through.
-const UNHEARD_AGAIN: Duration = Duration::from_secs(1);
 
 impl Engine {
     pub(super) fn port_up(&mut self, port: Port, now: Time) {
@@ -19,7 +17,6 @@ impl Engine {
         let segment = self.segment(port.segment);
         segment.had_uplink |= port.role == Role::Uplink;
         segment.had_aside |= port.role == Role::Aside;
-        segment.watched_at = now;
         if port.role == Role::Uplink && segment.uplinks.insert(port.ifindex) {
             segment.settled_at = segment.settled_at.max(settle);
         }
@@ -41,15 +38,20 @@ impl Engine {
         let ifindex = port.ifindex;
         let known = self.ports.get_mut(&ifindex);
         let Some(info) = known else {
+            self.segment(port.segment).watched_at = now;
             self.ports.insert(ifindex, PortInfo::new(port));
             self.plugged_in_again(ifindex, now);
             return;
         };
         let moved_from = (info.port.segment != port.segment).then_some(info.port.segment);
         let renamed = info.port.name != port.name;
+        let segment = port.segment;
         info.port = port;
         info.dark = false;
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
+        if moved_from.is_some() {
+            self.segment(segment).watched_at = now;
+        }
         for key in keys {
             if renamed {
                 self.save(key);
@@ -84,20 +86,19 @@ impl Engine {
         }
     }
 
-    pub(super) fn unheard(&mut self, id: SegmentId, now: Time) {
+    pub(super) fn unheard(&mut self, id: SegmentId, macs: &[MacAddr], now: Time) {
         self.add("ports_unheard", 1);
-        let segment = self.segment(id);
-        segment.unheard_until = now;
-        let again = segment
-            .anew_at
-            .is_none_or(|at| now.since(at) >= UNHEARD_AGAIN);
-        if again {
-            segment.anew_at = Some(now);
-        }
-        self.deafen(Some(id));
-        // Where many ports came at once, everybody has just begun anew.
-        if again {
-            self.restart_holds(id, now);
+        self.segment(id).watched_at = now;
+        let spoke = macs.iter().flat_map(|mac| self.index.of_mac(id, *mac));
+        for key in spoke.collect::<Vec<Key>>() {
+            let Some(binding) = self.bindings.get_mut(&key).filter(|it| it.is_live()) else {
+                continue;
+            };
+            binding.unheard_at = Some(now);
+            if let Check::Watching(watching) = &mut binding.check {
+                watching.deaf |= watching.lost.is_some();
+            }
+            self.restart_hold(key, now);
         }
     }
 
@@ -219,6 +220,13 @@ impl Engine {
             if let Some(info) = self.ports.get_mut(&port) {
                 info.bindings.insert(key);
             }
+            // What it agreed on with the server before the port was watched again was not heard.
+            if let Some(binding) = self.bindings.get_mut(&key)
+                && binding.doubt.is_none()
+            {
+                binding.doubt = Some(Doubt::Contested);
+                self.save(key);
+            }
             self.watch_again(key, now);
         }
     }
@@ -308,10 +316,12 @@ impl Engine {
     pub(super) fn search(&mut self, key: Key, lost: (Time, PortLoss), now: Time) {
         self.begin_watch(key, Some(lost), true, now);
         let gone = self.is_gone(key.segment);
-        let segment = self.segments.get(&key.segment);
-        let unheard = segment.map_or(Time::ZERO, |segment| segment.unheard_until);
-        let since = self.listens_since.max(unheard);
+        let listens_since = self.listens_since;
         if let Some(binding) = self.bindings.get_mut(&key)
+            && let since = binding
+                .unheard_at
+                .unwrap_or(listens_since)
+                .max(listens_since)
             && (gone || binding.last_seen.is_none_or(|at| at < since))
             && let Check::Watching(watching) = &mut binding.check
         {

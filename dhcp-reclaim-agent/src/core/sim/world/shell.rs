@@ -165,7 +165,9 @@ impl World {
         let segment = port.segment;
         self.tell(node, Event::PortUp(port));
         if self.nodes[node].late.remove(&ifindex) {
-            self.tell(node, Event::Unheard { segment });
+            let here = self.vms.iter().filter(|vm| vm.port == Some(ifindex));
+            let macs = here.map(|vm| vm.mac).collect();
+            self.tell(node, Event::Unheard { segment, macs });
         }
         if dark {
             let loss = PortLoss::CarrierLost;
