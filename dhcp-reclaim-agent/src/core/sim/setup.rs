@@ -65,6 +65,8 @@ pub struct Setup {
     pub longest_flap: u64,
     /// Of a hundred batches of records, those that come out of order.
     pub disorder: u64,
+    /// Percent of new ports that their agent is late at.
+    pub late: u64,
     /// Of a hundred RELEASEs, those before which a paused VM wakes, after the decision.
     pub wakes_at_emit: u64,
     /// VMs move while their old node's uplink is cut, and uplinks are cut after moves.
@@ -124,6 +126,7 @@ impl Setup {
             longest_pause: 200_000,
             longest_flap: 8000,
             disorder: 10,
+            late: 5,
             wakes_at_emit: 0,
             careless: true,
             bound_by_breaker: Some(0.5),

@@ -130,7 +130,7 @@ impl World {
             lost: 0,
         };
         self.nodes[node].ports.insert(ifindex, truth);
-        let delay = if self.rng.percent(5) {
+        let delay = if self.rng.percent(self.setup.late) {
             // Many ports came at once, or the loop waited for its disk: nothing else is done until then.
             let delay = self.rng.millis(1000, 4000);
             let state = &mut self.nodes[node];
