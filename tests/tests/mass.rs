@@ -179,12 +179,17 @@ fn dies_at_once(
         .iter()
         .filter(|lease| mine.contains(&lease.ip))
         .count();
+    let explained = mine
+        .first()
+        .map(|ip| agent.ask_text(&["explain", &ip.to_string()]));
     let released: BTreeSet<Ipv4Addr> = releases.iter().map(|dhcp| dhcp.ciaddr).collect();
     ensure!(
         released == mine,
-        "{} RELEASEs on the wire, for {} of the addresses:\n{}",
+        "{} RELEASEs on the wire, for {} of the addresses:\n{}\n{:?}\n{}",
         releases.len(),
         released.len(),
+        agent.ask_text(&["stats"]).unwrap_or_default(),
+        explained,
         agent.log()
     );
     ensure!(releases.len() == mine.len(), "{} RELEASEs", releases.len());

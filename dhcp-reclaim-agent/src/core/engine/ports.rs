@@ -220,13 +220,6 @@ impl Engine {
             if let Some(info) = self.ports.get_mut(&port) {
                 info.bindings.insert(key);
             }
-            // What it agreed on with the server before the port was watched again was not heard.
-            if let Some(binding) = self.bindings.get_mut(&key)
-                && binding.doubt.is_none()
-            {
-                binding.doubt = Some(Doubt::Contested);
-                self.save(key);
-            }
             self.watch_again(key, now);
         }
     }

@@ -373,6 +373,7 @@ impl World {
             // Its slot is another one, which counts from zero.
             let truth = PortTruth {
                 watched: false,
+                back_at: Some(self.now),
                 heard: None,
                 lost: 0,
                 ..truth

@@ -205,6 +205,8 @@ struct PortTruth {
     carrier: bool,
     /// Its programs are there.
     watched: bool,
+    /// When its bridge was made again, and they were not.
+    back_at: Option<Time>,
     /// When the epoch began in which something came in last.
     heard: Option<Time>,
     /// Of the records to come, as many are lost.

@@ -125,6 +125,7 @@ impl World {
             role,
             carrier: true,
             watched: false,
+            back_at: None,
             heard: None,
             lose: 0,
             lost: 0,
