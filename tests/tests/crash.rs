@@ -184,7 +184,20 @@ fn churn(crashes: u32, seed: u32) -> Result<()> {
     }
     for vm in &living {
         let ip = vm.lease().context("a living VM without a lease")?;
-        ensure!(world.server.has(ip)?, "{}: {ip} was taken away", vm.name);
+        if !world.server.has(ip)? {
+            let its = lives.iter().filter(|life| life.mac == vm.mac);
+            let log = log();
+            let text = ip.to_string();
+            let of_it: Vec<_> = log.lines().filter(|line| line.contains(&text)).collect();
+            bail!(
+                "seed {seed}: {}: {ip} was taken away\nat {:?} its lives {:?}\nlog of it:\n{}\nlog:\n{}",
+                vm.name,
+                now(),
+                its.collect::<Vec<_>>(),
+                of_it.join("\n"),
+                tail(&log, 60)
+            );
+        }
         let state = agent.state(ip)?;
         ensure!(
             ["bound", "silent"].contains(&state.as_str()),
