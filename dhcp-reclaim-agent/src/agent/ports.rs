@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// A guest that was plugged in before may have its lease by then, and have been quiet since.
-const LATE: Duration = Duration::from_secs(1);
+const LATE: Duration = Duration::from_millis(100);
 /// DHCP records a second, and at once, of an uplink: many hosts speak there.
 const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
 

@@ -373,6 +373,7 @@ impl World {
             // Its slot is another one, which counts from zero.
             let truth = PortTruth {
                 watched: false,
+                made_at: self.now,
                 back_at: Some(self.now),
                 heard: None,
                 lost: 0,

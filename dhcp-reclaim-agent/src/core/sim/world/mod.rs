@@ -205,6 +205,8 @@ struct PortTruth {
     carrier: bool,
     /// Its programs are there.
     watched: bool,
+    /// Since when it may be spoken by.
+    made_at: Time,
     /// When its bridge was made again, and they were not.
     back_at: Option<Time>,
     /// When the epoch began in which something came in last.
@@ -294,8 +296,6 @@ struct Node {
     asleep_until: Time,
     /// Its agent alone is busy until then: with ports that came at once, or a slow disk.
     busy_until: Time,
-    /// Ports that it is late at.
-    late: BTreeSet<IfIndex>,
     /// When, by its own clock, it was suspended, and for how long that stood still.
     suspended: Vec<(Time, Duration)>,
     /// As much of it as its agent has been told.
@@ -801,7 +801,6 @@ impl Node {
             unplugged: BTreeMap::new(),
             asleep_until: Time::ZERO,
             busy_until: Time::ZERO,
-            late: BTreeSet::new(),
             suspended: Vec::new(),
             suspended_told: Duration::ZERO,
             paused: false,

@@ -5,6 +5,9 @@ use super::*;
 /// Questions to servers, and behind how many RELEASEs of this turn each belongs.
 type Soundings = VecDeque<(usize, Sounding)>;
 
+/// As the agent has it.
+const LATE: Duration = Duration::from_millis(100);
+
 impl World {
     pub(super) fn plan_wake(&mut self, node: usize) {
         if self.nodes[node].down {
@@ -125,6 +128,7 @@ impl World {
             role,
             carrier: true,
             watched: false,
+            made_at: self.now,
             back_at: None,
             heard: None,
             lose: 0,
@@ -136,7 +140,6 @@ impl World {
             let delay = self.rng.millis(1000, 4000);
             let state = &mut self.nodes[node];
             state.busy_until = state.busy_until.max(self.now + delay);
-            state.late.insert(ifindex);
             delay
         } else {
             self.rng.millis(5, 60)
@@ -160,12 +163,12 @@ impl World {
         };
         truth.watched = true;
         let port = truth.port(ifindex);
-        let dark = !truth.carrier;
+        let (dark, made_at) = (!truth.carrier, truth.made_at);
         self.drain(node);
         self.nodes[node].dirty_ports.insert(ifindex);
         let segment = port.segment;
         self.tell(node, Event::PortUp(port));
-        if self.nodes[node].late.remove(&ifindex) {
+        if self.now.since(made_at) > LATE {
             let here = self.vms.iter().filter(|vm| vm.port == Some(ifindex));
             let macs = here.map(|vm| vm.mac).collect();
             self.tell(node, Event::Unheard { segment, macs });
