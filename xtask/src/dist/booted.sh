@@ -119,6 +119,8 @@ before=$(show MainPID)
 dpkg --install /dist/package.deb
 [ "$(show MainPID)" != "$before" ] || fail "not restarted by the upgrade"
 state_is "$ip" bound
+# Whoever was not seen by this agent yet has more time.
+dhcp-reclaim probe "$ip"
 kill_vm vm2
 await no_lease_of 02:00:00:00:00:02
 
