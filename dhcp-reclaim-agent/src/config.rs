@@ -17,7 +17,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, de};
 
 pub use self::{
-    source::{AT_START, Source},
+    source::Source,
     span::{ParseSpanError, Span},
 };
 use crate::{

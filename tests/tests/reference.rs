@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, env, fs, path::Path};
 use clap::{Arg, Command};
 use dhcp_reclaim_agent::{
     cli,
-    config::{AT_START, Options, Settings},
+    config::{Options, Settings},
     core::{self, NoticeKind, State, gates::Gate},
 };
 use dhcp_reclaim_ebpf::abi::Counter;
@@ -108,6 +108,8 @@ fn reference() -> String {
                 .is_some_and(|name| name != "help" && name != "version")
         })
         .collect();
+    let settings = load("").unwrap();
+    let at_start = settings.at_start(&settings).map(|(key, _)| key);
     let mut headings = vec!["What is watched, and how"];
     for arg in &args {
         let heading = arg.get_help_heading().unwrap_or(headings[0]);
@@ -125,7 +127,7 @@ fn reference() -> String {
             .filter(|arg| is_key(arg))
             .collect();
         if !keys.is_empty() {
-            let keys = table(&keys, |name| match AT_START.contains(&name) {
+            let keys = table(&keys, |name| match at_start.contains(&name) {
                 true => format!("`{name}` †"),
                 false => format!("`{name}`"),
             });

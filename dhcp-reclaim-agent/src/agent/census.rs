@@ -101,10 +101,10 @@ impl Agent {
     }
 
     async fn look_for_macs(&mut self) {
-        let told = self.engine.told_of();
+        let (engine, told) = (&self.engine, self.engine.told_of());
+        let knows = |at: (SegmentId, MacAddr)| told.contains(&at) || engine.knows(at.0, at.1);
         for question in std::mem::take(&mut self.census.again) {
-            let Question { segment, mac, .. } = question;
-            if !self.engine.knows(segment, mac) && !told.contains(&(segment, mac)) {
+            if !knows((question.segment, question.mac)) {
                 self.census.wait(question);
             }
         }
@@ -129,8 +129,7 @@ impl Agent {
             // The tables of bridges that filter no VLANs name none.
             let own = self.own_vlan(segment);
             let census = &mut self.census;
-            let is_known = census.known.contains(&(segment, mac)) || told.contains(&(segment, mac));
-            if is_known || self.engine.knows(segment, mac) {
+            if census.known.contains(&(segment, mac)) || knows((segment, mac)) {
                 continue;
             }
             let of_port = census.by_port.entry(port).or_default();

@@ -447,7 +447,6 @@ impl Agent {
         }
         let segments: BTreeSet<SegmentId> = self.armed.segments().collect();
         self.put_all_back(&segments);
-        self.carry_out().await;
         self.expire_queries().await;
         self.take_census().await;
     }

@@ -1,9 +1,6 @@
 //! Ports come and go: what is watched, since when, and whether the programs are still there.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures::FutureExt as _;
 use tracing::{debug, info, warn};
@@ -11,13 +8,11 @@ use tracing::{debug, info, warn};
 use super::{Agent, Watched, chain};
 use crate::{
     clock,
-    core::{Event, IfIndex, MacAddr, Port, PortLoss, Role, SegmentId},
+    core::{Event, IfIndex, MacAddr, Port, PortLoss, Role, SegmentId, types::LATE},
     kernel::{AttachedHook, BATCH, KernelError},
     ports::{PortEvent, VlanFiltering, learned_macs},
 };
 
-/// A guest that was plugged in before may have its lease by then, and have been quiet since.
-const LATE: Duration = Duration::from_millis(100);
 /// DHCP records a second, and at once, of an uplink: many hosts speak there.
 const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
 
@@ -90,13 +85,7 @@ impl Agent {
             .during(|| self.kernel.watch(&port, rate, burst))
         {
             Ok(hook) => hook,
-            Err(error) => {
-                self.counters.watch_failures += 1;
-                warn!(port = port.name, error = %chain(&error), "cannot watch, and tries again");
-                self.watched.remove(&port.ifindex);
-                self.blind.insert(port.ifindex, port);
-                return;
-            }
+            Err(error) => return self.cannot_watch(port, &error),
         };
         debug!(port = port.name, role = ?port.role, hook = hook.name(), "watched");
         let ifindex = port.ifindex;
@@ -180,25 +169,28 @@ impl Agent {
         if watched.hook != AttachedHook::Clsact || self.kernel.in_place(port) {
             return;
         }
-        let (rate, burst) = self.record_limits(watched.port.role);
-        match self.kernel.watch(&watched.port, rate, burst) {
+        let watched = watched.port.clone();
+        let (rate, burst) = self.record_limits(watched.role);
+        let put = self.kernel.watch(&watched, rate, burst);
+        if let Err(KernelError::PortGone { .. }) = put {
+            // Nobody took them: that it is gone is told soon.
+            return;
+        }
+        self.late.insert(port, watched.segment);
+        match put {
             Ok(_) => warn!(
-                port = watched.port.name,
+                port = watched.name,
                 "somebody took a program away: it is put back"
             ),
-            // Nobody did: that it is gone is told soon.
-            Err(KernelError::PortGone { .. }) => return,
-            Err(error) => {
-                self.counters.watch_failures += 1;
-                warn!(port = watched.port.name, error = %chain(&error), "cannot watch, and tries again");
-                if let Some(watched) = self.watched.remove(&port) {
-                    self.late.insert(port, watched.port.segment);
-                    self.blind.insert(port, watched.port);
-                }
-                return;
-            }
+            Err(error) => self.cannot_watch(watched, &error),
         }
-        self.late.insert(port, watched.port.segment);
+    }
+
+    fn cannot_watch(&mut self, port: Port, error: &KernelError) {
+        self.counters.watch_failures += 1;
+        warn!(port = port.name, error = %chain(error), "cannot watch, and tries again");
+        self.watched.remove(&port.ifindex);
+        self.blind.insert(port.ifindex, port);
     }
 
     /// At all ports of these segments.

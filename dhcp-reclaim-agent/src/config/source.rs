@@ -4,24 +4,6 @@ use std::path::PathBuf;
 
 use super::{ConfigError, Options, Settings};
 
-/// Keys that a running agent cannot follow: it refuses to read a file again that has another value.
-pub const AT_START: [&str; 14] = [
-    "bridge",
-    "port",
-    "uplink",
-    "hook",
-    "commit",
-    "bpffs",
-    "control",
-    "state",
-    "sandbox",
-    "expedite",
-    "import",
-    "ask-server",
-    "metrics",
-    "detach-on-exit",
-];
-
 #[derive(Clone, Debug, Default)]
 pub struct Source {
     pub flags: Options,
@@ -64,28 +46,35 @@ impl Settings {
         if followed == *wanted {
             return Ok(followed);
         }
-        let same = [
-            self.bridges == wanted.bridges,
-            self.ports == wanted.ports,
-            self.uplinks == wanted.uplinks,
-            self.hook == wanted.hook,
-            self.commit == wanted.commit,
-            self.bpffs == wanted.bpffs,
-            self.control == wanted.control,
-            self.state == wanted.state,
-            self.sandbox == wanted.sandbox,
-            self.expedite == wanted.expedite,
-            self.imports == wanted.imports,
-            self.ask_servers == wanted.ask_servers,
-            self.metrics == wanted.metrics,
-            self.detach_on_exit == wanted.detach_on_exit,
-        ];
-        let apart = AT_START.into_iter().zip(same).filter(|(_, same)| !same);
+        let apart = self.at_start(wanted).into_iter().filter(|(_, same)| !same);
         let mut keys: Vec<&str> = apart.map(|(key, _)| key).collect();
         if keys.is_empty() {
             keys.push("a setting of the start");
         }
         Err(keys)
+    }
+
+    /// The keys that a running agent cannot follow, and whether `wanted` has the same.
+    pub fn at_start(&self, wanted: &Self) -> [(&'static str, bool); 14] {
+        [
+            ("bridge", self.bridges == wanted.bridges),
+            ("port", self.ports == wanted.ports),
+            ("uplink", self.uplinks == wanted.uplinks),
+            ("hook", self.hook == wanted.hook),
+            ("commit", self.commit == wanted.commit),
+            ("bpffs", self.bpffs == wanted.bpffs),
+            ("control", self.control == wanted.control),
+            ("state", self.state == wanted.state),
+            ("sandbox", self.sandbox == wanted.sandbox),
+            ("expedite", self.expedite == wanted.expedite),
+            ("import", self.imports == wanted.imports),
+            ("ask-server", self.ask_servers == wanted.ask_servers),
+            ("metrics", self.metrics == wanted.metrics),
+            (
+                "detach-on-exit",
+                self.detach_on_exit == wanted.detach_on_exit,
+            ),
+        ]
     }
 }
 

@@ -328,6 +328,10 @@ pub enum ReleaseOutcome {
     DryRun,
 }
 
+/// A port that is watched so long after it came is late: its guest may have its lease by then, and have
+/// been quiet since.
+pub const LATE: Duration = Duration::from_millis(100);
+
 /// What happened outside of the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {

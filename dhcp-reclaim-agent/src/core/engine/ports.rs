@@ -14,7 +14,12 @@ use crate::core::{
 impl Engine {
     pub(super) fn port_up(&mut self, port: Port, now: Time) {
         let settle = now + self.policy.settle;
+        let known = self.ports.get(&port.ifindex);
+        let is_new = known.is_none_or(|info| info.port.segment != port.segment);
         let segment = self.segment(port.segment);
+        if is_new {
+            segment.watched_at = now;
+        }
         segment.had_uplink |= port.role == Role::Uplink;
         segment.had_aside |= port.role == Role::Aside;
         if port.role == Role::Uplink && segment.uplinks.insert(port.ifindex) {
@@ -38,25 +43,19 @@ impl Engine {
         let ifindex = port.ifindex;
         let known = self.ports.get_mut(&ifindex);
         let Some(info) = known else {
-            self.segment(port.segment).watched_at = now;
             self.ports.insert(ifindex, PortInfo::new(port));
             self.plugged_in_again(ifindex, now);
             return;
         };
-        let moved_from = (info.port.segment != port.segment).then_some(info.port.segment);
         let renamed = info.port.name != port.name;
-        let segment = port.segment;
         info.port = port;
         info.dark = false;
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
-        if moved_from.is_some() {
-            self.segment(segment).watched_at = now;
-        }
         for key in keys {
             if renamed {
                 self.save(key);
             }
-            if moved_from.is_some() {
+            if is_new {
                 // Its lease belongs to the segment that it was taken on.
                 self.end(
                     key,
@@ -311,11 +310,7 @@ impl Engine {
         let gone = self.is_gone(key.segment);
         let listens_since = self.listens_since;
         if let Some(binding) = self.bindings.get_mut(&key)
-            && let since = binding
-                .unheard_at
-                .unwrap_or(listens_since)
-                .max(listens_since)
-            && (gone || binding.last_seen.is_none_or(|at| at < since))
+            && (gone || binding.last_seen < binding.unheard_at.max(Some(listens_since)))
             && let Check::Watching(watching) = &mut binding.check
         {
             // It may have been started at another port while nobody listened there.

@@ -1,12 +1,10 @@
 //! A node: its engine, and what an agent does around it.
 
 use super::*;
+use crate::core::types::LATE;
 
 /// Questions to servers, and behind how many RELEASEs of this turn each belongs.
 type Soundings = VecDeque<(usize, Sounding)>;
-
-/// As the agent has it.
-const LATE: Duration = Duration::from_millis(100);
 
 impl World {
     pub(super) fn plan_wake(&mut self, node: usize) {
