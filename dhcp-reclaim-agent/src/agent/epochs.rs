@@ -1,6 +1,6 @@
 //! When each of the coarse tier's epochs began.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use crate::core::Time;
 
@@ -21,6 +21,13 @@ impl Epochs {
         }
     }
 
+    /// How long ago the latest began.
+    pub(super) fn age(&self, now: Time) -> Duration {
+        self.began
+            .back()
+            .map_or(Duration::MAX, |(_, at)| now.since(*at))
+    }
+
     pub(super) fn began(&self, epoch: u32) -> Option<Time> {
         let (first, _) = self.began.front()?;
         let index = usize::try_from(epoch.wrapping_sub(*first)).ok()?;
@@ -39,10 +46,15 @@ mod tests {
     fn an_epoch_is_known_until_it_is_too_old() {
         let mut epochs = Epochs::default();
         assert_eq!(epochs.began(1), None);
+        assert_eq!(epochs.age(Time::ZERO), Duration::MAX);
         let first = u32::MAX - 1; // wraps
         for n in 0..=4096_u32 {
             epochs.begin(first.wrapping_add(n), Time::from_nanos(n.into()));
         }
+        assert_eq!(
+            epochs.age(Time::from_nanos(5000)),
+            Duration::from_nanos(904)
+        );
         assert_eq!(epochs.began(first), None);
         assert_eq!(
             epochs.began(first.wrapping_add(1)),

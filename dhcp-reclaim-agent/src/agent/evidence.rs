@@ -5,7 +5,8 @@ use tracing::{debug, warn};
 
 use super::{Agent, Scope, chain};
 use crate::{
-    core::{Evidence, IfIndex, Key, MacAddr, Probe, ProbeVia, Role, Time},
+    clock,
+    core::{Evidence, IfIndex, Key, MacAddr, Probe, ProbeVia, Role, Time, types::EPOCH_ASKING},
     kernel::{watch_ip, watch_mac},
     packet::arp,
 };
@@ -123,12 +124,17 @@ impl Agent {
     }
 
     pub(super) fn probe(&mut self, probe: &Probe) -> bool {
-        if let ProbeVia::Port(port) = probe.via {
-            self.put_back(port);
-        }
         let (port, segment) = match probe.via {
-            ProbeVia::Port(port) => (Some(port), self.watched.get(&port).map(|w| w.port.segment)),
-            ProbeVia::Segment(segment) => (None, Some(segment)),
+            ProbeVia::Port(port) => {
+                self.put_back(port);
+                (Some(port), self.watched.get(&port).map(|w| w.port.segment))
+            }
+            ProbeVia::Segment(segment) => {
+                if self.epochs.age(clock::monotonic()) > EPOCH_ASKING {
+                    self.next_epoch();
+                }
+                (None, Some(segment))
+            }
         };
         let Some(bridge) = segment.and_then(|segment| self.segments.bridge(segment)) else {
             return false;

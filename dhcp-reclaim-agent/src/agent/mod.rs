@@ -468,8 +468,10 @@ impl Agent {
     }
 
     fn next_epoch(&mut self) {
+        // What is counted in it came later than this.
+        let began = clock::monotonic();
         match self.kernel.advance_epoch() {
-            Ok(epoch) => self.epochs.begin(epoch, clock::monotonic()),
+            Ok(epoch) => self.epochs.begin(epoch, began),
             Err(error) => error!(%error, "cannot advance the epoch"),
         }
     }

@@ -332,6 +332,10 @@ pub enum ReleaseOutcome {
 /// been quiet since.
 pub const LATE: Duration = Duration::from_millis(100);
 
+/// What answers a question to a whole segment is counted in an epoch that began no longer before it:
+/// a loop may be busy for long, and ask many.
+pub const EPOCH_ASKING: Duration = Duration::from_millis(100);
+
 /// What happened outside of the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {

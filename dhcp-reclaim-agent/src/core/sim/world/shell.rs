@@ -1,7 +1,7 @@
 //! A node: its engine, and what an agent does around it.
 
 use super::*;
-use crate::core::types::LATE;
+use crate::core::types::{EPOCH_ASKING, LATE};
 
 /// Questions to servers, and behind how many RELEASEs of this turn each belongs.
 type Soundings = VecDeque<(usize, Sounding)>;
@@ -609,7 +609,14 @@ impl World {
                 .ports
                 .get(&port)
                 .is_some_and(|truth| truth.carrier),
-            ProbeVia::Segment(_) => self.now >= self.nodes[node].flat_until,
+            ProbeVia::Segment(_) => {
+                let now = self.clock(node);
+                let state = &mut self.nodes[node];
+                if now.since(state.epoch) > EPOCH_ASKING {
+                    state.epoch = now;
+                }
+                self.now >= self.nodes[node].flat_until
+            }
         };
         if !sent || self.rng.percent(self.setup.probe_fail) {
             return false;
