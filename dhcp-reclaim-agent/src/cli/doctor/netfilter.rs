@@ -33,10 +33,13 @@ struct Chain {
 pub(super) fn look(chart: &mut Chart) {
     match chains() {
         Ok(chains) => tell(&chains, chart),
-        Err(error) => chart.ok(
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => chart.warn(
             "bridge-filter",
             format!("nftables cannot be asked: {error}"),
+            "run this as root",
         ),
+        // What the kernel does not know filters nothing.
+        Err(error) => chart.ok("bridge-filter", format!("no nftables: {error}")),
     }
 }
 
@@ -59,9 +62,7 @@ fn tell(chains: &[Chain], chart: &mut Chart) {
 }
 
 fn chains() -> io::Result<Vec<Chain>> {
-    // To ask would load the module, and nothing is to be changed.
-    let modules = fs::read_to_string("/proc/modules");
-    if modules.is_ok_and(|modules| !modules.lines().any(|it| it.starts_with("nf_tables "))) {
+    if would_be_loaded() {
         return Ok(Vec::new());
     }
     let mut chains = Vec::new();
@@ -71,6 +72,18 @@ fn chains() -> io::Result<Vec<Chain>> {
         }
     })?;
     Ok(chains)
+}
+
+/// To ask would load nftables' module, and nothing is to be changed.
+fn would_be_loaded() -> bool {
+    let Ok(modules) = fs::read_to_string("/proc/modules") else {
+        return false;
+    };
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let builtin = format!("/lib/modules/{}/modules.builtin", release.trim());
+    // A kernel whose list is not at hand is asked: what is built in must not be taken for absent.
+    let is_module = fs::read_to_string(builtin).is_ok_and(|list| !list.contains("/nf_tables.ko"));
+    is_module && !modules.lines().any(|it| it.starts_with("nf_tables "))
 }
 
 /// All chains of the family.
