@@ -384,7 +384,7 @@ fn ingress<C: Context>(ctx: &C) {
     // SAFETY: see `Epoch`; volatile, since the agent writes it while we run.
     let epoch = unsafe { ptr::read_volatile(EPOCH.0.get()) };
     // Looked at before it is stored: the line stays shared while nothing changes.
-    if slot.seen_epoch != epoch {
+    if slot.seen_epoch != epoch && !(slot.role == ROLE_UPLINK && is_link_local(ctx)) {
         slot.seen_epoch = epoch;
     }
     if slot.exact != 0 {
@@ -393,6 +393,13 @@ fn ingress<C: Context>(ctx: &C) {
     if ctx.is_candidate() {
         dhcp::<C>(ctx.raw(), slot, DIRECTION_FROM_PORT);
     }
+}
+
+/// Whether it comes from the next switch and no farther: that speaks by a port that it blocks, too,
+/// so that nothing is known of the way beyond.
+#[inline(always)]
+fn is_link_local<C: Context>(ctx: &C) -> bool {
+    ctx.head::<6>().is_some_and(wire::is_link_local)
 }
 
 /// The port's slot, if it is the port's.

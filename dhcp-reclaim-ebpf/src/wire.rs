@@ -146,6 +146,17 @@ pub struct Sources {
     pub ip: [u8; 4],
 }
 
+/// Whether a frame of this destination goes no farther than one link: IEEE 802.1D's reserved addresses
+/// (spanning tree, LACP, LLDP), and those of CDP and PVST.
+#[inline(always)]
+pub fn is_link_local(destination: &[u8; 6]) -> bool {
+    match *destination {
+        [0x01, 0x80, 0xc2, 0x00, 0x00, last] => last < 0x10,
+        [0x01, 0x00, 0x0c, 0xcc, 0xcc, last] => last == 0xcc || last == 0xcd,
+        _ => false,
+    }
+}
+
 /// Bytes that [`sources`] needs: an ARP message without padding.
 pub const SOURCES_HEAD: usize = 42;
 
@@ -652,6 +663,33 @@ mod tests {
         assert_eq!(vlan("priority tag in metadata"), 0);
         assert_eq!(vlan("QinQ"), 5);
         assert_eq!(vlan("tags in metadata and frame"), 5);
+    }
+
+    #[test]
+    fn what_only_the_next_switch_says_is_known() {
+        let group = |last| [0x01, 0x80, 0xc2, 0x00, 0x00, last];
+        let cisco = |last| [0x01, 0x00, 0x0c, 0xcc, 0xcc, last];
+        for destination in [
+            group(0),
+            group(2),
+            group(0xe),
+            group(0xf),
+            cisco(0xcc),
+            cisco(0xcd),
+        ] {
+            assert!(is_link_local(&destination), "{destination:x?}");
+        }
+        let routed = [0x01, 0x00, 0x5e, 0, 0, 1];
+        for destination in [
+            group(0x10),
+            group(0x21),
+            cisco(0xce),
+            [0xff; 6],
+            SERVER_MAC,
+            routed,
+        ] {
+            assert!(!is_link_local(&destination), "{destination:x?}");
+        }
     }
 
     #[test]
