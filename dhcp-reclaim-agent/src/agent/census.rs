@@ -116,7 +116,7 @@ impl Agent {
             }
         };
         let mut refused = 0;
-        for (port, vlan, mac) in learned {
+        for (port, vlan, mac) in learned.macs {
             let vms = |it: &&super::Watched| it.port.role == Role::Vm;
             let Some(segment) = self
                 .watched

@@ -351,6 +351,7 @@ impl Agent {
                 Turn::Ring(_) => ring_turns + 1,
                 _ => 0,
             };
+            self.turn().await;
             match turn {
                 Turn::End => break,
                 Turn::Reload => {
@@ -370,7 +371,6 @@ impl Agent {
                 }
                 // A timer that is due shows a moment later: it is not waited for.
                 Turn::Due | Turn::Others => {
-                    self.turn().await;
                     self.drain().await;
                     self.engine.handle_timeout(clock::monotonic());
                     self.carry_out().await;
@@ -436,7 +436,6 @@ impl Agent {
     }
 
     async fn tick(&mut self) {
-        self.turn().await;
         self.next_epoch();
         for port in self.blind.values().cloned().collect::<Vec<_>>() {
             self.watch(port).await;
@@ -543,10 +542,14 @@ impl Agent {
             // The orders first, then the intents, then the frames: so no crash makes one leave twice,
             // and whether it left is known.
             let committed = ready.is_empty() || self.commit();
-            let overtaken = committed && !ready.is_empty() && self.is_overtaken(&ready).await;
+            let overtaken = match committed && !ready.is_empty() {
+                true => self.overtaken(&ready).await,
+                false => BTreeSet::new(),
+            };
             for (at, intent, frame) in ready {
                 self.sound_behind(&mut soundings, at).await;
-                let outcome = match (committed, overtaken) {
+                let is_overtaken = overtaken.contains(&intent.release.segment);
+                let outcome = match (committed, is_overtaken) {
                     (true, false) => self.send(intent.xid, &frame),
                     (true, true) => ReleaseOutcome::Overtaken,
                     (false, _) => ReleaseOutcome::Failed,

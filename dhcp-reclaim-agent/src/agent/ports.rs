@@ -19,12 +19,13 @@ const UPLINK_RECORDS: (u16, u16) = (5_000, 10_000);
 impl Agent {
     /// All that are there, so that a host that starts many VMs waits for one commit, not for many.
     pub(super) async fn port_events(&mut self, first: PortEvent) -> anyhow::Result<()> {
-        self.turn().await;
         self.port_event(first).await;
         for _ in 1..BATCH {
             let Some(event) = self.ports.next().now_or_never() else {
                 break;
             };
+            // To attach many takes as long as it takes, and is no time in which nobody looked.
+            self.turn().await;
             self.port_event(event?).await;
         }
         Ok(())
@@ -213,9 +214,11 @@ impl Agent {
         for segment in late.values() {
             spoke.entry(*segment).or_default();
         }
+        let mut complete = false;
         match learned_macs().await {
             Ok(learned) => {
-                for (port, _, mac) in learned {
+                complete = learned.complete;
+                for (port, _, mac) in learned.macs {
                     if let Some(macs) = late.get(&port).and_then(|it| spoke.get_mut(it)) {
                         macs.insert(mac);
                     }
@@ -223,8 +226,13 @@ impl Agent {
             }
             Err(error) => {
                 warn!(error = %chain(&error), "what the bridges have learned is not known");
-                for (segment, mac) in self.armed.macs() {
-                    spoke.entry(segment).or_default().insert(mac);
+            }
+        }
+        if !complete {
+            // Anybody who is searched for may be among those that are missing.
+            for (segment, mac) in self.armed.macs() {
+                if let Some(macs) = spoke.get_mut(&segment) {
+                    macs.insert(mac);
                 }
             }
         }

@@ -19,26 +19,31 @@ use crate::{
 const MESSAGE: &str = concat!("dhcp-reclaim ", env!("CARGO_PKG_VERSION"));
 
 impl Agent {
-    /// Whether the kernel half may not know by now what a decision would have to: to write it down may
+    /// Where the kernel half may not know by now what a decision would have to: to write it down may
     /// have taken long. A port that is not watched yet may have a VM that was dead when it was decided;
     /// what comes by all others `emit` knows.
-    pub(super) async fn is_overtaken(&mut self, ready: &[(usize, Intent, Vec<u8>)]) -> bool {
+    pub(super) async fn overtaken(
+        &mut self,
+        ready: &[(usize, Intent, Vec<u8>)],
+    ) -> BTreeSet<SegmentId> {
         // What has arrived is there to be read after this.
         tokio::task::yield_now().await;
         let segments = ready.iter().map(|(_, intent, _)| intent.release.segment);
         let segments: BTreeSet<SegmentId> = segments.collect();
         self.put_all_back(&segments);
-        let unseen = self.late.values();
-        let unseen = unseen.chain(self.blind.values().map(|port| &port.segment));
-        let is_unseen = unseen.into_iter().any(|it| segments.contains(it));
-        let comes = self.ports.waiting().is_none_or(|ports| {
-            let new = ports
-                .iter()
-                .filter(|port| !self.watched.contains_key(&port.ifindex));
-            let new = new.filter_map(|port| self.segments.by_ifindex(port.segment));
-            new.into_iter().any(|it| segments.contains(&it))
-        });
-        comes || is_unseen || self.memory.was_suspended(clock::suspended(), SUSPENDED)
+        let Some(ports) = self.ports.waiting() else {
+            return segments;
+        };
+        if self.memory.was_suspended(clock::suspended(), SUSPENDED) {
+            return segments;
+        }
+        let unseen = self.late.values().copied();
+        let unseen = unseen.chain(self.blind.values().map(|port| port.segment));
+        let new = ports
+            .iter()
+            .filter(|port| !self.watched.contains_key(&port.ifindex));
+        let new = new.filter_map(|port| self.segments.by_ifindex(port.segment));
+        unseen.chain(new).collect()
     }
 
     pub(super) async fn order(

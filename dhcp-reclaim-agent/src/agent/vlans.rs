@@ -79,6 +79,7 @@ impl Agent {
         for port in self.ports_of(segment) {
             self.apply_pvid(port);
             if before.unwrap_or_default() != filtering {
+                self.drain().await;
                 self.tell(Event::PvidChanged { port }).await;
             }
         }
@@ -104,6 +105,8 @@ impl Agent {
         };
         if self.watched.contains_key(&ifindex) && before != after {
             self.apply_pvid(ifindex);
+            // What is in the ring has the VLAN from before, and makes bindings that change with it.
+            self.drain().await;
             self.tell(Event::PvidChanged { port: ifindex }).await;
         }
         self.tell_vlans(segment).await;

@@ -344,10 +344,17 @@ pub async fn local_networks(ifindex: IfIndex) -> Result<Vec<(Ipv4Addr, u8)>, Add
 const MACS_OF_PORT: usize = 1024;
 const ROWS: usize = 65_536;
 
-/// MACs that bridges have learned, at which of their ports, and on which VLAN of a bridge that filters
-/// them (otherwise zero); of each port no more than 1,024, and of all no more than 65,536 are read.
-pub async fn learned_macs() -> Result<Vec<(IfIndex, Vlan, MacAddr)>, AddressError> {
-    let mut learned = Vec::new();
+/// What bridges have learned.
+#[derive(Debug)]
+pub struct Learned {
+    /// At which of their ports, and on which VLAN of a bridge that filters them (otherwise zero).
+    pub macs: Vec<(IfIndex, Vlan, MacAddr)>,
+    /// There were no more. Of each port 1,024, and of all 65,536 are read.
+    pub complete: bool,
+}
+
+pub async fn learned_macs() -> Result<Learned, AddressError> {
+    let mut macs = Vec::new();
     let mut of_port: BTreeMap<IfIndex, usize> = BTreeMap::new();
     let mut rows = 0;
     neighbours(AddressFamily::Bridge, |row| {
@@ -364,7 +371,7 @@ pub async fn learned_macs() -> Result<Vec<(IfIndex, Vlan, MacAddr)>, AddressErro
             && let Some(mac) = mac_of(row)
         {
             *count += 1;
-            learned.push((port, vlan.unwrap_or(0), mac));
+            macs.push((port, vlan.unwrap_or(0), mac));
         }
         match rows < ROWS {
             true => ControlFlow::Continue(()),
@@ -372,7 +379,8 @@ pub async fn learned_macs() -> Result<Vec<(IfIndex, Vlan, MacAddr)>, AddressErro
         }
     })
     .await?;
-    Ok(learned)
+    let complete = rows < ROWS && of_port.values().all(|count| *count < MACS_OF_PORT);
+    Ok(Learned { macs, complete })
 }
 
 /// The MAC that `ip` has at `link`, by the kernel's table of neighbours.
