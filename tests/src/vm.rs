@@ -59,6 +59,8 @@ pub trait Station {
 pub enum KillKind {
     /// The hypervisor process dies and its tap with it.
     PortDeleted,
+    /// Its tap leaves the bridge before, as Proxmox and Incus have it.
+    PortDetached,
     /// It dies and leaves a persistent tap without carrier.
     CarrierLost,
     /// The guest's kernel is dead; the hypervisor does not know.
@@ -307,6 +309,10 @@ impl Vm {
         }
         match kind {
             KillKind::PortDeleted => self.unplug()?,
+            KillKind::PortDetached => {
+                self.node.ip(&format!("link set {} nomaster", self.name))?;
+                self.unplug()?;
+            }
             KillKind::CarrierLost => self.netns.ip(&format!("link set {NIC} down"))?,
             KillKind::PortKept => {
                 self.netns.ip(&format!(

@@ -376,6 +376,7 @@ impl<'a> Vms<'a> {
             }
             3 => self.kill(number, KillKind::PortKept),
             4 => self.kill(number, KillKind::CarrierLost),
+            5 => self.kill(number, KillKind::PortDetached),
             _ => self.kill(number, KillKind::PortDeleted),
         }
     }
@@ -412,7 +413,7 @@ impl<'a> Vms<'a> {
         let life = self.lives.iter_mut().rfind(|life| life.mac == vm.mac);
         life.context("never born")?.died = Some(at);
         match kind {
-            KillKind::PortDeleted => self.free.push(number),
+            KillKind::PortDeleted | KillKind::PortDetached => self.free.push(number),
             KillKind::CarrierLost | KillKind::PortKept => self.corpses.push(vm),
         }
         // Somebody takes the machine away, sooner or later.

@@ -249,6 +249,12 @@ lab_test! {
         Ok(())
     }
 
+    fn detached_and_then_deleted_is_a_port_lost() {
+        let (world, agent, _wire, mut vm, ip) = one_vm(&["--hold-down-silent", "300s"])?;
+        vm.kill(KillKind::PortDetached)?;
+        world.server.wait_gone(ip, PATIENCE).with_context(|| agent.log())
+    }
+
     fn carrier_lost_is_a_port_lost() {
         let (world, agent, _wire, mut vm, ip) = one_vm(&[])?;
         vm.kill(KillKind::CarrierLost)?;

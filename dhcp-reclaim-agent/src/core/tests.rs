@@ -416,6 +416,137 @@ fn a_port_that_comes_late_is_asked_before_anything_is_released() {
     }
 }
 
+/// Proxmox and Incus take a port off its bridge before they delete it.
+#[test]
+fn a_port_that_is_detached_and_then_deleted_is_as_good_as_deleted() {
+    let down = |loss| Event::PortDown {
+        port: VM_PORT,
+        loss,
+    };
+    for was_cut in [false, true] {
+        let mut bench = settled();
+        bench.tell(down(PortLoss::Detached));
+        bench.pass(Duration::from_millis(500));
+        if was_cut {
+            // Nobody was heard meanwhile.
+            for there in [false, true] {
+                let segment = SEGMENT;
+                bench.tell(Event::Bridge { segment, there });
+            }
+        }
+        bench.tell(down(PortLoss::Deleted));
+        bench.pass(Duration::from_millis(1900));
+        assert_eq!(bench.releases(), 0, "the hold-down is that of its end");
+        bench.pass(secs(5));
+        assert_eq!(bench.releases(), usize::from(!was_cut));
+        bench.pass(secs(300));
+        assert_eq!(bench.releases(), 1);
+    }
+    // What lives by another port by now has nothing to do with it.
+    let mut bench = settled();
+    bench.tell(down(PortLoss::Detached));
+    bench.lives_at = Some(OTHER_PORT);
+    bench.pass(secs(11));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    bench.tell(down(PortLoss::Deleted));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 0);
+    // Nor has one that is a port again.
+    let mut bench = settled();
+    bench.tell(down(PortLoss::Detached));
+    bench.port(VM_PORT, "vm1", Role::Vm);
+    bench.vm_talks = true;
+    bench.pass(secs(1));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    bench.vm_talks = false;
+    bench.tell(down(PortLoss::Deleted));
+    bench.pass(secs(3));
+    assert_eq!(bench.releases(), 1, "the port's end is told once");
+}
+
+/// A port comes back, and whoever was behind it was seen elsewhere just before.
+#[test]
+fn what_was_seen_before_its_port_came_back_is_looked_at() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(10));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::CarrierLost,
+    });
+    bench.pass(Duration::from_millis(500));
+    bench.lives_at = Some(UPLINK);
+    bench.port(VM_PORT, "vm1", Role::Vm);
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+}
+
+/// What keeps the dead may keep them for long, and an uplink may be cut meanwhile.
+#[test]
+fn with_an_uplink_whoever_was_kept_is_asked_before_it_is_released() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    let pass = |bench: &mut Bench, seconds: u64| {
+        for _ in 0..seconds * 10 {
+            bench.evidence.uplink_at = Some(bench.now);
+            bench.pass(Duration::from_millis(100));
+        }
+    };
+    pass(&mut bench, 10);
+    bench.engine.pause("an upgrade".to_owned(), bench.now);
+    bench.carry_out();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    pass(&mut bench, 20);
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    // The latest probe left as long ago as may be.
+    let probes = bench.probes();
+    while bench.probes() == probes {
+        pass(&mut bench, 1);
+    }
+    pass(&mut bench, 3);
+    let probes = bench.probes();
+    bench.engine.resume("root", bench.now);
+    bench.carry_out();
+    bench.lives_at = Some(UPLINK);
+    let mut dead = bench.engine.clone();
+    pass(&mut bench, 3);
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+    assert_eq!(bench.releases(), 0);
+    // The same, and nobody answers.
+    std::mem::swap(&mut bench.engine, &mut dead);
+    bench.lives_at = None;
+    bench.evidence.elsewhere = None;
+    pass(&mut bench, 3);
+    assert_eq!((bench.releases(), bench.probes()), (1, probes + 1));
+}
+
+#[test]
+fn who_waits_for_a_port_that_has_come_is_asked_at_once() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    let pass = |bench: &mut Bench, tenths| {
+        for _ in 0..tenths {
+            bench.evidence.uplink_at = Some(bench.now);
+            bench.pass(Duration::from_millis(100));
+        }
+    };
+    pass(&mut bench, 100);
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    // The last question has left.
+    pass(&mut bench, 95);
+    bench.port(13, "late", Role::Vm);
+    pass(&mut bench, 10);
+    assert_eq!(bench.releases(), 0);
+    pass(&mut bench, 16);
+    assert_eq!(bench.releases(), 1, "no whole round is waited for");
+}
+
 #[test]
 fn a_port_that_comes_while_the_dead_wait_is_asked_too() {
     let mut bench = settled();
@@ -1106,7 +1237,7 @@ fn lost_records_hold_until_it_is_seen_again() {
     });
     assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
     bench.vm_talks = true;
-    bench.pass(secs(60));
+    bench.pass(secs(2));
     assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
 }
 
@@ -1805,6 +1936,44 @@ fn a_server_that_does_not_answer_is_not_asked_again() {
 }
 
 #[test]
+fn a_server_that_has_answered_is_asked_again_soon() {
+    let queries = |bench: &Bench| {
+        let all = bench.seen.iter();
+        all.filter(|a| matches!(a, Action::Query { .. })).count()
+    };
+    let mut bench = Bench::new(Policy::default());
+    let others = Ipv4Addr::new(10, 0, 0, 2);
+    bench.lease(VM_PORT, VM, IP);
+    bench.lease(OTHER_PORT, OTHER, others);
+    bench.lease_query = Some(QueryAnswer::Unassigned);
+    bench.pass(secs(5));
+    let lost = |port| Event::PortDown {
+        port,
+        loss: PortLoss::Deleted,
+    };
+    bench.tell(lost(VM_PORT));
+    bench.pass(secs(5));
+    assert_eq!(queries(&bench), 1);
+    // It is busy for a moment.
+    bench.lease_query = Some(QueryAnswer::Silence);
+    bench.tell(lost(OTHER_PORT));
+    bench.pass(secs(5));
+    assert_eq!(queries(&bench), 2);
+    let mut ends = bench.engine.clone();
+    bench.lease_query = Some(QueryAnswer::Unassigned);
+    bench.pass(secs(6));
+    assert_eq!(queries(&bench), 3);
+    let of = |bench: &Bench| bench.engine.bindings_of(others).next()?.outcome;
+    assert_eq!(of(&bench), Some(Outcome::Verified));
+    // It does not come back.
+    std::mem::swap(&mut bench.engine, &mut ends);
+    bench.lease_query = Some(QueryAnswer::Silence);
+    bench.pass(secs(50));
+    assert_eq!(queries(&bench), 4);
+    assert_eq!(of(&bench), Some(Outcome::Unverified));
+}
+
+#[test]
 fn a_server_that_says_nobody_has_it_verifies() {
     let mut bench = released(Some(QueryAnswer::Unassigned));
     bench.pass(secs(2));
@@ -1825,6 +1994,27 @@ fn a_server_that_gives_it_to_somebody_else_verifies() {
         (bench.releases(), count(&bench, NoticeKind::ReleasedAlive)),
         (1, 0)
     );
+}
+
+#[test]
+fn before_a_repetition_a_port_that_has_come_is_asked_too() {
+    let mut bench = released(None);
+    bench.lease_query = Some(QueryAnswer::Active(Some(VM)));
+    let probes = bench.probes();
+    bench.port(13, "late", Role::Vm);
+    let (came, mut dead) = (bench.now, bench.engine.clone());
+    bench.pass(Duration::from_millis(1050));
+    assert_eq!((bench.releases(), bench.probes()), (1, probes + 1));
+    bench.lives_at = Some(13);
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 1);
+    // The same, and nobody answers.
+    std::mem::swap(&mut bench.engine, &mut dead);
+    (bench.now, bench.lives_at) = (came, None);
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 1 + 2);
+    assert_eq!(bench.engine.counters()["releases_ignored"], 3);
 }
 
 #[test]
@@ -2076,7 +2266,8 @@ fn its_macs_lease_beyond_the_uplink_is_a_conflict_until_it_speaks() {
     assert_eq!(bench.state(KEY), Some(State::Bound));
     assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
     bench.vm_talks = true;
-    bench.pass(secs(120));
+    // Once it is dead nothing would end that.
+    bench.pass(secs(2));
     assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
 }
 

@@ -142,6 +142,9 @@ pub struct Links {
     links: BTreeMap<IfIndex, Link>,
     bridges: BTreeMap<IfIndex, Bridge>,
     ports: BTreeMap<IfIndex, Tracked>,
+    /// Ports that have left their bridge, and are still there: Proxmox and Incus take a VM's port off
+    /// before they delete it, and only its end says that the VM has none any more.
+    detached: BTreeSet<IfIndex>,
     /// Of whatever is, or may become, a port or bridge of ours.
     vlans: BTreeMap<IfIndex, Vlans>,
     /// A bridge that filters VLANs came or changed: not every change of VLANs is announced.
@@ -255,7 +258,8 @@ impl Links {
         self.links.remove(&ifindex);
         self.vlans.remove(&ifindex);
         self.bridge_down(ifindex, events);
-        if self.ports.remove(&ifindex).is_some() {
+        let was_detached = self.detached.remove(&ifindex);
+        if self.ports.remove(&ifindex).is_some() || was_detached {
             events.push(PortEvent::PortDown {
                 ifindex,
                 loss: PortLoss::Deleted,
@@ -328,6 +332,7 @@ impl Links {
             .collect();
         for orphan in orphans {
             self.ports.remove(&orphan);
+            self.detached.insert(orphan);
             events.push(PortEvent::PortDown {
                 ifindex: orphan,
                 loss: PortLoss::Detached,
@@ -363,11 +368,13 @@ impl Links {
                 // Up at first sight, carrier or not: it is watched before its guest can ask.
                 let tracked = Tracked::new(port.clone(), link);
                 self.ports.insert(ifindex, tracked);
+                self.detached.remove(&ifindex);
                 self.tell_vlans(ifindex, events);
                 events.push(PortEvent::PortUp(port));
             }
             (Some(_), None) => {
                 self.ports.remove(&ifindex);
+                self.detached.insert(ifindex);
                 // Of the bridge that it has left.
                 self.vlans.remove(&ifindex);
                 events.push(PortEvent::PortDown {
@@ -636,6 +643,31 @@ mod tests {
             [down(PortLoss::Deleted)]
         );
         assert_eq!(links.apply(LinkChange::Removed(TAP)), []);
+    }
+
+    #[test]
+    fn the_end_of_a_port_that_had_left_its_bridge_is_told() {
+        let apart = Link {
+            master: None,
+            ..tap("tap0")
+        };
+        let mut links = running();
+        set(&mut links, apart.clone());
+        assert_eq!(set(&mut links, apart.clone()), []);
+        assert_eq!(
+            links.apply(LinkChange::Removed(TAP)),
+            [down(PortLoss::Deleted)]
+        );
+        // The next one under its index was no port.
+        assert_eq!(set(&mut links, apart), []);
+        assert_eq!(links.apply(LinkChange::Removed(TAP)), []);
+        // Nor does it matter how it came to have no bridge.
+        let mut links = running();
+        links.apply(LinkChange::Removed(BR0));
+        assert_eq!(
+            links.apply(LinkChange::Removed(TAP)),
+            [down(PortLoss::Deleted)]
+        );
     }
 
     #[test]

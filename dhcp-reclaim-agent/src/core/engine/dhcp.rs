@@ -576,6 +576,7 @@ impl Engine {
             self.add("conflicts", 1);
             self.tell(key, NoticeKind::Conflict, reason, now);
             self.save(key);
+            self.look_soon(key, now);
         }
     }
 

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 use super::{Engine, RETENTION};
 use crate::core::{
     binding::{Ask, Check, Doubt, Outcome, Speaker, Watching},
-    gates::Verdict,
+    gates::{Gate, Verdict},
     pacing::ServerKey,
     types::{
         Action, AlarmId, Evidence, IfIndex, Key, MacAddr, Message, MessageType, NoticeKind, Query,
@@ -22,6 +22,8 @@ const VIGILS: usize = 2048;
 const RELEASES: u32 = 3;
 /// A server that does not answer lease queries is not asked again for this long.
 const UNANSWERED: Duration = Duration::from_secs(3600);
+/// One that has answered before.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// The same where nobody could be asked: an address may come.
 const UNASKED: Duration = Duration::from_secs(60);
 /// Servers whose answers are remembered.
@@ -402,8 +404,8 @@ impl Engine {
             }
         }
         let asked = servers.entry(id).or_default();
-        if asked.not_before.is_some_and(|at| at > now) {
-            vigil.asked = true;
+        if let Some(at) = asked.not_before.filter(|at| *at > now) {
+            vigil.asked = at >= vigil.until;
             return;
         }
         if asked.open && !asked.answers {
@@ -429,19 +431,30 @@ impl Engine {
             .entry((key.segment, key.vlan, server))
             .or_default();
         asked.open = false;
+        let is_open = asked.not_before.is_none_or(|at| at <= now);
+        let mut again = false;
         match answer {
-            QueryAnswer::Silence => asked.not_before = Some(now + UNANSWERED),
+            // One that is busy loses a question as it loses a RELEASE.
+            QueryAnswer::Silence if is_open && std::mem::take(&mut asked.answers) => {
+                asked.not_before = Some(now + ASK_AGAIN);
+                again = true;
+            }
+            QueryAnswer::Silence if is_open => asked.not_before = Some(now + UNANSWERED),
+            QueryAnswer::Silence => again = true,
             QueryAnswer::NotAsked => asked.not_before = Some(now + UNASKED),
             QueryAnswer::Unassigned | QueryAnswer::Unknown | QueryAnswer::Active(_) => {
                 asked.answers = true;
                 asked.not_before = None;
             }
         }
-        let Some(binding) = self.bindings.get(&key) else {
+        let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
         if binding.state != State::Released || binding.server != Some(server) {
             return;
+        }
+        if let Some(vigil) = binding.vigil.as_mut().filter(|_| again) {
+            vigil.asked = false;
         }
         match answer {
             QueryAnswer::Silence => self.add("lease_queries_unanswered", 1),
@@ -460,12 +473,13 @@ impl Engine {
 
     /// The server knows the lease as it was: once more, if nothing has changed here either.
     fn still_active(&mut self, key: Key, server: Ipv4Addr, now: Time) {
-        self.add("releases_ignored", 1);
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
-        binding.outcome = Some(Outcome::Ignored);
-        self.save(key);
+        if binding.outcome.replace(Outcome::Ignored) != Some(Outcome::Ignored) {
+            self.add("releases_ignored", 1);
+            self.save(key);
+        }
         let Some(binding) = self.bindings.get(&key) else {
             return;
         };
@@ -489,6 +503,12 @@ impl Engine {
         };
         let findings = self.case(binding).findings(now);
         let stop = findings.iter().find(|f| f.verdict != Verdict::Pass);
+        if stop.map_or_else(|| self.is_stale(key, now), |it| it.gate == Gate::Dead) {
+            // It may be behind what has come, or come back, since it was asked: it is asked again, and
+            // then the server is.
+            self.ask_the_released(key, now);
+            return;
+        }
         if let Some(stop) = stop {
             let reason = format!("no second RELEASE: {}: {}", stop.gate, stop.reason);
             self.tell(key, NoticeKind::Held, reason, now);
@@ -507,6 +527,24 @@ impl Engine {
                 info.bindings.insert(key);
             }
             self.add("releases_repeated", 1);
+        }
+    }
+
+    fn ask_the_released(&mut self, key: Key, now: Time) {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        if let Some(vigil) = &mut binding.vigil {
+            vigil.asked = false;
+        }
+        let Check::Watching(watching) = binding.check else {
+            return;
+        };
+        let is_open = watching
+            .probed_at
+            .is_some_and(|at| now.since(at) < self.policy.probe_wait);
+        if !is_open {
+            self.send_probes(key, now);
         }
     }
 }

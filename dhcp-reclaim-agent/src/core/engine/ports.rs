@@ -225,6 +225,9 @@ impl Engine {
 
     pub(super) fn port_down(&mut self, port: IfIndex, loss: PortLoss, now: Time) {
         let Some(info) = self.ports.get_mut(&port) else {
+            if loss == PortLoss::Deleted {
+                self.deleted_at_last(port, now);
+            }
             return;
         };
         let keys: Vec<Key> = info.bindings.iter().copied().collect();
@@ -262,6 +265,16 @@ impl Engine {
         }
     }
 
+    /// What had been detached is gone now: its VM does not run on, on another bridge.
+    fn deleted_at_last(&mut self, port: IfIndex, now: Time) {
+        for key in self.detached.remove(&port).unwrap_or_default() {
+            let binding = self.bindings.get(&key);
+            if binding.is_some_and(|binding| binding.port == port) {
+                self.lose_port(key, PortLoss::Deleted, now);
+            }
+        }
+    }
+
     /// The fast road: the port is gone, so the whole segment is asked at once.
     pub(super) fn lose_port(&mut self, key: Key, loss: PortLoss, now: Time) {
         let Some(binding) = self
@@ -281,6 +294,8 @@ impl Engine {
         let mac = binding.chaddr;
         let closing = match &mut binding.check {
             Check::Watching(watching) => {
+                // What nobody heard since an earlier loss stays unheard.
+                watching.deaf &= watching.lost.is_some();
                 // It may have been seen at its new port already, or not yet at its own.
                 watching.lost = Some((now, loss));
                 watching.closing = true;
@@ -306,11 +321,12 @@ impl Engine {
 
     /// Asks for it everywhere: its port is gone.
     pub(super) fn search(&mut self, key: Key, lost: (Time, PortLoss), now: Time) {
+        let was_deaf = self.bindings.get(&key).is_some_and(|it| it.was_deaf());
         self.begin_watch(key, Some(lost), true, now);
         let gone = self.is_gone(key.segment);
         let listens_since = self.listens_since;
         if let Some(binding) = self.bindings.get_mut(&key)
-            && (gone || binding.last_seen < binding.unheard_at.max(Some(listens_since)))
+            && (was_deaf || gone || binding.last_seen < binding.unheard_at.max(Some(listens_since)))
             && let Check::Watching(watching) = &mut binding.check
         {
             // It may have been started at another port while nobody listened there.
@@ -321,13 +337,18 @@ impl Engine {
 
     /// The port is back: whatever was counted against the VM begins anew.
     fn watch_again(&mut self, key: Key, now: Time) {
-        let Some(binding) = self.bindings.get(&key).filter(|binding| binding.is_live()) else {
+        let binding = self.bindings.get_mut(&key);
+        let Some(binding) = binding.filter(|binding| binding.is_live()) else {
             return;
         };
         if binding.lost().is_some() && binding.state != State::Releasing {
-            // Whoever opened the port may be another VM, and this one elsewhere.
-            self.begin_watch(key, None, true, now);
-            self.send_probes(key, now);
+            // Whoever opened the port may be another VM, and this one elsewhere: where it was seen until
+            // now is looked at before silence begins anew.
+            if let Check::Watching(watching) = &mut binding.check {
+                watching.lost = None;
+                watching.closing = false;
+            }
+            self.restart_hold(key, now);
         }
     }
 
@@ -363,6 +384,7 @@ impl Engine {
                 }
                 self.save(key);
             }
+            self.look_soon(key, now);
         }
     }
 }

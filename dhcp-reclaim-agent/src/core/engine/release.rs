@@ -13,6 +13,9 @@ use crate::core::{
 /// A held binding is looked at again this often, if its gate cannot tell better.
 const HELD_AGAIN: Duration = Duration::from_secs(1);
 
+/// A cut of an uplink, in which a VM starts elsewhere and what it says is not heard, takes longer.
+const FRESH: Duration = Duration::from_secs(1);
+
 /// What came between is heard by then.
 const OVERTAKEN: Duration = Duration::from_millis(100);
 
@@ -44,10 +47,15 @@ impl Engine {
     }
 
     fn judge(&mut self, key: Key, findings: &[Finding], now: Time) {
-        let Some(stop) = findings
+        let stop = findings
             .iter()
-            .find(|finding| finding.verdict != Verdict::Pass)
-        else {
+            .find(|finding| finding.verdict != Verdict::Pass);
+        let has_turn = self.bindings.get(&key).is_some_and(|b| b.turn.is_some());
+        if !has_turn && stop.is_none_or(|it| it.gate == Gate::Rate) && self.is_stale(key, now) {
+            self.send_probes(key, now);
+            return;
+        }
+        let Some(stop) = stop else {
             self.order_release(key, now);
             return;
         };
@@ -67,6 +75,9 @@ impl Engine {
             if let Some(binding) = self.bindings.get_mut(&key) {
                 binding.held_by = Some(stop.gate);
             }
+        }
+        if !matches!(stop.gate, Gate::Rate | Gate::Dead) {
+            self.leave_queue(key);
         }
         let again = match stop.gate {
             Gate::Rate => self.take_turn(key, stop.again_at, now),
@@ -89,19 +100,35 @@ impl Engine {
             .bindings
             .get(&key)
             .is_some_and(|binding| match binding.check {
-                Check::Watching(watching) => {
+                Check::Watching(watching) => watching.probed_at.is_none_or(|at| {
                     let round = match stop.gate {
-                        Gate::Dead => self.round(key),
+                        Gate::Dead => self.dead_again(key, at),
                         _ => self.policy.probe_interval,
                     };
-                    watching.probed_at.is_none_or(|at| now.since(at) >= round)
-                }
+                    now.since(at) >= round
+                }),
                 Check::Idle | Check::Glancing => false,
             });
         if probe_due {
             self.send_probes(key, now);
         }
         self.schedule(key, again);
+    }
+
+    /// Whether the uplink may have been cut since the latest probe, for long enough that a VM has started
+    /// beyond it: something else has kept a dead VM, which is asked seldom then.
+    pub(super) fn is_stale(&self, key: Key, now: Time) -> bool {
+        let Some(binding) = self.bindings.get(&key) else {
+            return false;
+        };
+        let Check::Watching(watching) = binding.check else {
+            return false;
+        };
+        let fresh = self.case(binding).probe_wait() + FRESH;
+        watching.everywhere
+            && self.has_uplink(key.segment)
+            && !self.policy.without.contains(&Gate::Dead)
+            && watching.probed_at.is_none_or(|at| at + fresh < now)
     }
 
     /// A place in its server's queue; who has had one comes back for the next token.

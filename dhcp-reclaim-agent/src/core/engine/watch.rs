@@ -404,7 +404,9 @@ impl Engine {
     /// Asks once more, and comes back for the answer.
     fn ask_again(&mut self, key: Key, watching: Watching, now: Time) {
         let round = self.round(key);
-        let due = watching.probed_at.map_or(now, |at| at + round);
+        let due = watching
+            .probed_at
+            .map_or(now, |at| at + self.dead_again(key, at));
         let enough = watching.probes >= self.policy.misses;
         match self
             .hold_ends(key, Duration::ZERO)
@@ -458,6 +460,17 @@ impl Engine {
             None => self.policy.probe_interval,
         };
         if self.is_hurried(key) {
+            return round.min(self.policy.probe_wait);
+        }
+        round
+    }
+
+    /// When to ask whoever seems dead again, after the latest probe: soon, if it went to fewer ports than
+    /// there are by now.
+    pub(super) fn dead_again(&self, key: Key, probed_at: Time) -> Duration {
+        let round = self.round(key);
+        let watched_at = self.segments.get(&key.segment).map(|it| it.watched_at);
+        if watched_at.is_some_and(|at| probed_at <= at) {
             return round.min(self.policy.probe_wait);
         }
         round
@@ -638,6 +651,18 @@ impl Engine {
         // They are looked at after three quarters of it, in the mean (see `early`).
         let round = Duration::from_secs(1) * live * 4 / 3 / self.policy.probe_rate.max(1);
         self.policy.silence.max(round)
+    }
+
+    /// It is in doubt, and nothing but a look can end that: once its VM is dead, nothing does.
+    pub(super) fn look_soon(&mut self, key: Key, now: Time) {
+        let soon = now + self.policy.probe_wait;
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
+        let is_idle = binding.is_live() && binding.check == Check::Idle;
+        if is_idle && binding.due.is_none_or(|due| due > soon) {
+            self.schedule(key, soon);
+        }
     }
 
     /// Nothing is in doubt: take the watch away, and look again after `silence`; or soon, at what was

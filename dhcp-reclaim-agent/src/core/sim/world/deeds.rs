@@ -61,12 +61,16 @@ impl World {
             }
             return;
         }
-        if !self.nodes[node].ports.contains_key(&port) {
-            return;
-        }
         if self.asleep(node) {
             let at = self.nodes[node].asleep_until;
             self.at_time(at, Ev::PortGone(node, port, loss));
+            return;
+        }
+        if !self.nodes[node].ports.contains_key(&port) {
+            if loss == PortLoss::Deleted {
+                // It had been detached.
+                self.tell(node, Event::PortDown { port, loss });
+            }
             return;
         }
         self.drain(node);
@@ -189,6 +193,11 @@ impl World {
                     Kind::KillKept => {}
                     Kind::KillCarrier if alone => {
                         self.port_gone(home, port, PortLoss::CarrierLost);
+                    }
+                    _ if alone && rng.percent(30) => {
+                        self.port_gone(home, port, PortLoss::Detached);
+                        let after = rng.micros(100, 500_000);
+                        self.at(after, Ev::PortGone(home, port, PortLoss::Deleted));
                     }
                     _ if alone => self.port_gone(home, port, PortLoss::Deleted),
                     _ => {}
