@@ -60,6 +60,10 @@ impl Service {
         self.tell(&format!("READY=1\nSTATUS={status}"));
     }
 
+    pub fn status(&self, status: &str) {
+        self.tell(&format!("STATUS={status}"));
+    }
+
     /// To be followed by [`Self::ready`].
     pub fn reloading(&self, now: Time) {
         let micros = now.as_nanos() / 1000;

@@ -469,6 +469,10 @@ impl Agent {
         self.process.log()
     }
 
+    pub fn wait_log(&mut self, sign: &str, timeout: Duration) -> Result<()> {
+        self.process.wait_log(&[sign], timeout)
+    }
+
     pub fn pid(&self) -> Pid {
         self.process.pid()
     }

@@ -117,7 +117,7 @@ lab_test! {
     }
 
     fn resume_closes_a_breaker_that_opened() {
-        let scene = Scene::new(2, &["--breaker", "0.1", "--breaker-min", "0"])?;
+        let mut scene = Scene::new(2, &["--breaker", "0.1", "--breaker-min", "0"])?;
         let (mut vm, ip) = scene.living(1)?;
         vm.die()?;
         scene.agent.wait("the breaker", PATIENCE, |event| {
@@ -125,6 +125,7 @@ lab_test! {
             event.name == "held" && event.ip == Some(ip) && reason.starts_with("breaker: ")
         })?;
         ensure!(scene.world.server.has(ip)?);
+        scene.agent.wait_log("breaker open: ", PATIENCE)?;
         let stats = scene.agent.ask_text(&["stats"])?;
         ensure!(stats.contains("open since "), "{stats}");
         let said = scene.agent.ask_text(&["resume"])?;

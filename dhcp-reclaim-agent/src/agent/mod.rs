@@ -132,6 +132,8 @@ struct Agent {
     ports_since: Time,
     /// Ports, by their segments, that were not heard for long.
     late: BTreeMap<IfIndex, SegmentId>,
+    /// As it was told.
+    breaker_is_open: bool,
 }
 
 /// What the loop has to do next.
@@ -238,6 +240,7 @@ impl Agent {
             began: clock::monotonic(),
             ports_since: clock::monotonic(),
             late: BTreeMap::new(),
+            breaker_is_open: false,
             ports,
             link,
             socket,
@@ -448,6 +451,22 @@ impl Agent {
         self.put_all_back(&segments);
         self.expire_queries().await;
         self.take_census().await;
+        self.tell_breaker();
+    }
+
+    /// Nothing is released while it is open, and time does not close it: who reads no events is to know.
+    fn tell_breaker(&mut self) {
+        let is_open = self.engine.breaker_opened_at().is_some();
+        if is_open == std::mem::replace(&mut self.breaker_is_open, is_open) {
+            return;
+        }
+        if is_open {
+            warn!(
+                "breaker open: more VMs fell silent at once than `breaker` allows; nothing is released until \
+                 enough come back, or `dhcp-reclaim resume`"
+            );
+        }
+        self.service.status(&self.status());
     }
 
     /// Before anything is concluded from what did or did not happen: was there a time in which

@@ -49,10 +49,11 @@ impl Agent {
 
     /// For `systemctl status`.
     pub(super) fn status(&self) -> String {
-        format!(
-            "{} ports on {}",
-            self.watched.len(),
-            self.settings.bridges.join(", ")
-        )
+        let ports = self.watched.len();
+        let bridges = self.settings.bridges.join(", ");
+        match self.engine.breaker_opened_at() {
+            Some(_) => format!("{ports} ports on {bridges}; breaker open"),
+            None => format!("{ports} ports on {bridges}"),
+        }
     }
 }
