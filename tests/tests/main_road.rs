@@ -583,6 +583,25 @@ lab_test! {
         Ok(())
     }
 
+    /// While its uplink is away, too, a VM may have moved beyond it.
+    fn that_a_bridge_had_an_uplink_outlives_the_agent() {
+        let more = ["--hold-down-uplink", "2h", "--hold-down", "1s", "--hold-down-silent", "1h"];
+        let (world, agent, _wire, mut vm, ip) = one_vm(&more)?;
+        world.node.netns.ip(&format!("link set {UPLINK} nomaster"))?;
+        agent.wait_port_event("port-lost", UPLINK, PATIENCE)?;
+        let mut agent = agent;
+        for _ in 0..2 {
+            agent.stop()?;
+            agent = world.agent(Hook::Tc).quick().args(&more).start()?;
+        }
+        agent.ask_text(&["probe", &ip.to_string()])?;
+        vm.kill(KillKind::PortDeleted)?;
+        agent.wait_event("silent", ip, PATIENCE)?;
+        let explained = agent.ask_text(&["explain", &ip.to_string()])?;
+        ensure!(explained.contains("of 7200.000s have passed"), "{explained}");
+        agent.stop()
+    }
+
     fn a_stopped_agent_releases_nothing() {
         let (world, agent, wire, mut vm, ip) = one_vm(&["--hold-down-uplink", "2s"])?;
         vm.kill(KillKind::PortDeleted)?;

@@ -18,8 +18,8 @@ use crate::{
     clock,
     control::{PauseView, client_id_text},
     core::{
-        AlarmId, Event, IfIndex, Key, Port, PortLoss, Release, ReleaseOutcome, Role, Saved, Time,
-        TransactionId,
+        AlarmId, Event, IfIndex, Key, Port, PortLoss, Release, ReleaseOutcome, Role, Saved,
+        SegmentId, Time, TransactionId,
         binding::{Check, Doubt},
     },
     kernel::{Kernel, KernelError, role_of},
@@ -38,6 +38,8 @@ pub(super) struct Memory {
     bindings: BTreeSet<Key>,
     transactions: BTreeSet<TransactionId>,
     ports: BTreeSet<IfIndex>,
+    /// Uplinks that went, of bridges that have none since: the next agent is to know that they had.
+    lost_uplinks: BTreeMap<IfIndex, Port>,
     alarms: BTreeSet<AlarmId>,
     /// Intents that are new, or whose outcome is.
     audit: Vec<AuditEntry>,
@@ -104,6 +106,7 @@ impl Memory {
             bindings: BTreeSet::new(),
             transactions: BTreeSet::new(),
             ports: BTreeSet::new(),
+            lost_uplinks: BTreeMap::new(),
             alarms: BTreeSet::new(),
             audit: Vec::new(),
             intents: Vec::new(),
@@ -131,6 +134,17 @@ impl Memory {
 
     pub(super) fn port(&mut self, ifindex: IfIndex) {
         self.ports.insert(ifindex);
+    }
+
+    pub(super) fn lost_uplink(&mut self, port: &Port) {
+        self.lost_uplinks.insert(port.ifindex, port.clone());
+    }
+
+    pub(super) fn has_uplink(&mut self, segment: SegmentId) {
+        let lost = self
+            .lost_uplinks
+            .extract_if(.., |_, it| it.segment == segment);
+        self.ports.extend(lost.map(|(ifindex, _)| ifindex));
     }
 
     pub(super) fn port_ended(&mut self) {
@@ -260,9 +274,11 @@ impl Agent {
             batch.transaction(TransactionRow::key(*id), row.as_ref());
         }
         for ifindex in &self.memory.ports {
-            let row = self.watched.get(ifindex).and_then(|watched| {
-                let bridge = self.segments.name(watched.port.segment)?;
-                Some(PortRow::new(bridge, &watched.port, watched.lost, &now))
+            let watched = self.watched.get(ifindex).map(|it| (&it.port, it.lost));
+            let lost = self.memory.lost_uplinks.get(ifindex).map(|it| (it, 0));
+            let row = watched.or(lost).and_then(|(port, lost)| {
+                let bridge = self.segments.name(port.segment)?;
+                Some(PortRow::new(bridge, port, lost, &now))
             });
             batch.port(PortRow::key(*ifindex), row.as_ref());
         }
@@ -412,6 +428,9 @@ impl Agent {
         for port in gone.values() {
             let event = Event::PortUp(port.clone());
             self.engine.handle(event, now.monotonic);
+            if port.role == Role::Uplink && !self.watches_uplink(port.segment) {
+                self.memory.lost_uplink(port);
+            }
         }
         self.memory.gone = (listed_at, gone.keys().copied().collect());
         let transactions = remembered.transactions.into_iter();
@@ -514,6 +533,11 @@ impl Agent {
         }
         gone.retain(|ifindex, _| !self.watched.contains_key(ifindex));
         gone
+    }
+
+    pub(super) fn watches_uplink(&self, segment: SegmentId) -> bool {
+        let mut ports = self.watched.values().map(|watched| &watched.port);
+        ports.any(|port| port.role == Role::Uplink && port.segment == segment)
     }
 
     /// Whether this was heard when the ports that are gone were gone already.

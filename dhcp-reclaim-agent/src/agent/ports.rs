@@ -111,6 +111,9 @@ impl Agent {
             },
         );
         self.memory.port(ifindex);
+        if port.role == Role::Uplink {
+            self.memory.has_uplink(port.segment);
+        }
         self.apply_pvid(ifindex);
         if !self.remembering {
             self.apply_exact(ifindex);
@@ -127,7 +130,12 @@ impl Agent {
             PortLoss::Deleted | PortLoss::Detached | PortLoss::Unseen => {
                 self.memory.port_ended();
                 self.kernel.unwatch(ifindex);
-                self.watched.remove(&ifindex);
+                if let Some(Watched { port, .. }) = self.watched.remove(&ifindex)
+                    && port.role == Role::Uplink
+                    && !self.watches_uplink(port.segment)
+                {
+                    self.memory.lost_uplink(&port);
+                }
                 self.blind.remove(&ifindex);
                 self.vlans.forget(ifindex);
                 self.memory.port(ifindex);

@@ -332,9 +332,11 @@ impl World {
         }
         self.drain(node);
         for port in gone {
+            // That there was one, the next one is to know too.
+            let is_uplink = port.role == Role::Uplink;
             let (port, loss) = (port.ifindex, PortLoss::Unseen);
             self.tell(node, Event::PortDown { port, loss });
-            if !self.nodes[node].down {
+            if !self.nodes[node].down && !is_uplink {
                 self.nodes[node].dirty_ports.insert(port);
             }
         }
