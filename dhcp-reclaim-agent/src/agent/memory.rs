@@ -443,9 +443,10 @@ impl Agent {
             .filter_map(|row| {
                 let segment = self.segments.id(&row.bridge)?;
                 let mut saved = row.saved(segment, &now);
-                if saved.key.vlan != 0 && !self.filters_vlans(segment) {
-                    // The bridge may have filtered VLANs then, and the VM's frames have no tag now:
-                    // uncertain until it is seen with it.
+                let plain = self.pvid_of(segment, saved.port);
+                if saved.key.vlan != plain.unwrap_or(saved.key.vlan) {
+                    // The bridge may have filtered VLANs then in another way, and the VM's frames be on
+                    // another one now: uncertain until it is seen with it.
                     let doubt = Doubt::RecordsLost(now.monotonic);
                     saved.doubt.get_or_insert(doubt);
                 }

@@ -125,6 +125,16 @@ impl Agent {
         self.vlans.own(self.segments.bridge(segment)?.ifindex)
     }
 
+    /// The VLAN of untagged frames of the port; `None` if that is gone, and its bridge filters VLANs.
+    pub(super) fn pvid_of(&self, segment: SegmentId, port: IfIndex) -> Option<Vlan> {
+        let bridge = self.segments.bridge(segment).map(|it| it.ifindex);
+        match bridge.filter(|_| self.filters_vlans(segment)) {
+            Some(bridge) if self.watched.contains_key(&port) => Some(self.vlans.pvid(bridge, port)),
+            Some(_) => None,
+            None => Some(0),
+        }
+    }
+
     pub(super) fn filters_vlans(&self, segment: SegmentId) -> bool {
         let bridge = self.segments.bridge(segment);
         bridge.is_some_and(|bridge| self.vlans.filtering.contains_key(&bridge.ifindex))
