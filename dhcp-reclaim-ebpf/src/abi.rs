@@ -7,8 +7,19 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// Changes whenever a layout or a map below changes; pins carry it in their path.
 pub const ABI_VERSION: u32 = 2;
 
-/// Slots of the `PORTS` array. A port's slot is `ifindex & (PORT_SLOTS - 1)`.
+/// Slots of the `PORTS` array.
 pub const PORT_SLOTS: u32 = 32_768;
+
+/// Where a port's slot is: the second only where the first was another's when the port came. Indexes
+/// go up with each link that is made, so that new ones meet those that stay.
+#[inline(always)]
+#[must_use]
+pub const fn port_slots(ifindex: u32) -> [u32; 2] {
+    // Fibonacci hashing: two that share their low bits do not share these.
+    let mixed = ifindex.wrapping_mul(0x9e37_79b1) >> (u32::BITS - PORT_SLOTS.ilog2());
+    [ifindex & (PORT_SLOTS - 1), mixed]
+}
+
 /// Transactions that a port may have open at once; the oldest makes room.
 pub const PENDING_PER_PORT: usize = 6;
 /// Entries of `WATCH`: two (address, MAC) for each binding whose check is due.

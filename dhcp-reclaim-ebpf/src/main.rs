@@ -19,7 +19,7 @@ use dhcp_reclaim_ebpf::{
     abi::{
         Counter, DIRECTION_FROM_PORT, DIRECTION_TO_PORT, EMIT_INGRESS, EmitOrder, ORDER_ENTRIES,
         PORT_SLOTS, PortSlot, RING_BYTES, ROLE_UPLINK, Record, VERDICT_SENT, VERDICT_UNWATCHED,
-        VERDICT_VETOED, WATCH_ENTRIES, WATCH_IP, WATCH_MAC, WatchKey, WatchValue,
+        VERDICT_VETOED, WATCH_ENTRIES, WATCH_IP, WATCH_MAC, WatchKey, WatchValue, port_slots,
     },
     wire::{
         self, FRAME_MAX, HEAD, Interest, Outcome, SOURCES_HEAD, Tag, Walk, candidate, classify,
@@ -405,16 +405,23 @@ fn is_link_local<C: Context>(ctx: &C) -> bool {
 /// The port's slot, if it is the port's.
 #[inline(always)]
 fn slot(ifindex: u32) -> Option<&'static mut PortSlot> {
-    let slot = PORTS.get_ptr_mut(ifindex & (PORT_SLOTS - 1))?;
+    let [first, second] = port_slots(ifindex);
+    let slot = PORTS.get_ptr_mut(first)?;
     // SAFETY: a live map value; what races with other CPUs is harmless (see `PortSlot`).
     let slot = unsafe { &mut *slot };
-    if slot.ifindex != ifindex {
-        if slot.ifindex != 0 {
-            count(Counter::SlotTaken);
-        }
-        return None;
+    if slot.ifindex == ifindex {
+        return Some(slot);
     }
-    Some(slot)
+    let is_taken = slot.ifindex != 0;
+    // SAFETY: the same.
+    let slot = unsafe { &mut *PORTS.get_ptr_mut(second)? };
+    if slot.ifindex == ifindex {
+        return Some(slot);
+    }
+    if is_taken {
+        count(Counter::SlotTaken);
+    }
+    None
 }
 
 /// The exact tier: notes the sources of a frame, where they are watched.
@@ -539,11 +546,7 @@ fn dhcp<C: Context>(raw: *mut C::Raw, slot: &mut PortSlot, direction: u8) {
 fn from_guest(ctx: &TcContext) -> bool {
     // SAFETY: a field of the context that the kernel gave us.
     let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
-    let Some(slot) = PORTS.get_ptr(came_by & (PORT_SLOTS - 1)) else {
-        return false;
-    };
-    // SAFETY: a live map value.
-    unsafe { came_by != 0 && (*slot).ifindex == came_by && (*slot).role != ROLE_UPLINK }
+    came_by != 0 && slot(came_by).is_some_and(|slot| slot.role != ROLE_UPLINK)
 }
 
 /// Hands the record to the agent, or counts why not.

@@ -20,14 +20,15 @@ use dhcp_reclaim_agent::{
 use dhcp_reclaim_ebpf::{
     abi::{
         ABI_VERSION, DIRECTION_FROM_PORT, DIRECTION_TO_PORT, EMIT_EGRESS, EMIT_INGRESS, EmitOrder,
-        ROLE_ASIDE, ROLE_VM, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_UNWATCHED, VERDICT_VETOED,
+        PORT_SLOTS, ROLE_ASIDE, ROLE_VM, Record, VERDICT_NONE, VERDICT_SENT, VERDICT_UNWATCHED,
+        VERDICT_VETOED, port_slots,
     },
     wire::{
         ACK, RELEASE, REQUEST,
         vectors::{self, Builder, CLIENT_IP, CLIENT_MAC, SERVER_IP},
     },
 };
-use dhcp_reclaim_tests::boot::kernel::running;
+use dhcp_reclaim_tests::{boot::kernel::running, clock::Deadline};
 use world::{
     LO, SEGMENT, alone, ip, load, options, port, records, run_tc, run_xdp, runtime, tc_hook,
     vm_port,
@@ -671,16 +672,41 @@ fn a_slot_has_one_owner() {
     alone(|| {
         let mut kernel = load(Hook::Tc);
         kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
-        ip("link add other index 32769 type veth peer name peer0");
+        // Its first place is lo's, and each is heard by its own.
+        let far = port_slots(LO)[0] + PORT_SLOTS;
+        ip(&format!(
+            "link add other index {far} type veth peer name peer0"
+        ));
+        for link in ["lo", "other", "peer0"] {
+            ip(&format!("link set {link} up"));
+        }
         let other = port("other", Role::Vm);
-        let Err(KernelError::SlotTaken { owner: LO, .. }) = kernel.watch(&other, 0, 0) else {
+        kernel.watch(&other, 0, 0).unwrap();
+        let epoch = kernel.advance_epoch().unwrap();
+        let socket = PacketSocket::open().unwrap();
+        let peer = port("peer0", Role::Vm).ifindex;
+        socket.send_on(peer, &Builder::selecting().build()).unwrap();
+        let deadline = Deadline::after(Duration::from_secs(5));
+        while kernel.port_epoch(far) != Some(epoch) {
+            assert!(!deadline.passed(), "not heard");
+            std::thread::yield_now();
+        }
+        assert_ne!(kernel.port_epoch(LO), Some(epoch));
+        // A third finds none, until one of the two is gone.
+        let (los, others) = (port_slots(LO), port_slots(far));
+        let mut indexes = (1..).map(|n| others[1] + n * PORT_SLOTS);
+        let third = indexes.find(|it| port_slots(*it) == [others[1], los[0]]);
+        ip(&format!(
+            "link add third index {} type dummy",
+            third.unwrap()
+        ));
+        let third = port("third", Role::Vm);
+        let Err(KernelError::SlotTaken { owner, .. }) = kernel.watch(&third, 0, 0) else {
             panic!("two owners");
         };
-        // The owner is gone: its slot is free.
+        assert_eq!(owner, far);
         kernel.unwatch(LO);
-        kernel.watch(&other, 0, 0).unwrap();
-        ip("link del other");
-        kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
+        kernel.watch(&third, 0, 0).unwrap();
     });
 }
 

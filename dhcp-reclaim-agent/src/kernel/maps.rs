@@ -14,7 +14,7 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
 };
 use dhcp_reclaim_ebpf::abi::{
-    Counter, EmitOrder, PORT_SLOTS, PortSlot, VERDICT_NONE, WatchKey, WatchValue,
+    Counter, EmitOrder, PORT_SLOTS, PortSlot, VERDICT_NONE, WatchKey, WatchValue, port_slots,
 };
 use zerocopy::{FromZeros as _, transmute};
 
@@ -176,18 +176,14 @@ impl Ports {
         rate: u16,
         burst: u16,
     ) -> Result<(), KernelError> {
-        let slot = self.slot(port.ifindex);
-        let owner = slot.ifindex().load(Ordering::Acquire);
-        if owner != port.ifindex {
-            if owner != 0 && interface_name(owner).is_some() {
-                return Err(KernelError::SlotTaken {
-                    name: port.name.clone(),
-                    ifindex: port.ifindex,
-                    owner,
-                });
+        let slot = match self.owned(port.ifindex) {
+            Some(slot) => slot,
+            None => {
+                let slot = self.free(port)?;
+                slot.clear();
+                slot
             }
-            slot.clear();
-        }
+        };
         slot.segment().store(port.segment, Ordering::Relaxed);
         slot.rate().store(rate, Ordering::Relaxed);
         slot.burst().store(burst, Ordering::Relaxed);
@@ -241,13 +237,30 @@ impl Ports {
         owners.filter(|&owner| owner != 0).collect()
     }
 
-    fn owned(&self, ifindex: IfIndex) -> Option<Slot> {
-        let slot = self.slot(ifindex);
-        (ifindex != 0 && slot.ifindex().load(Ordering::Acquire) == ifindex).then_some(slot)
+    /// One of the port's places that is nobody's.
+    fn free(&self, port: &Port) -> Result<Slot, KernelError> {
+        let mut taken = None;
+        for slot in port_slots(port.ifindex).map(|at| self.slot(at)) {
+            let owner = slot.ifindex().load(Ordering::Acquire);
+            if owner == 0 || interface_name(owner).is_none() {
+                return Ok(slot);
+            }
+            taken = taken.or(Some(owner));
+        }
+        Err(KernelError::SlotTaken {
+            name: port.name.clone(),
+            ifindex: port.ifindex,
+            owner: taken.unwrap_or_default(),
+        })
     }
 
-    fn slot(&self, ifindex: IfIndex) -> Slot {
-        let at = (ifindex & (PORT_SLOTS - 1)) as usize;
+    fn owned(&self, ifindex: IfIndex) -> Option<Slot> {
+        let mut slots = port_slots(ifindex).into_iter().map(|at| self.slot(at));
+        slots.find(|slot| ifindex != 0 && slot.ifindex().load(Ordering::Acquire) == ifindex)
+    }
+
+    fn slot(&self, at: u32) -> Slot {
+        let at = (at & (PORT_SLOTS - 1)) as usize;
         // SAFETY: masked into the mapping.
         Slot(unsafe { self.slots.add(at) })
     }

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use aya::maps::{Array, Map, MapData};
-use dhcp_reclaim_ebpf::abi::{ABI_VERSION, PORT_SLOTS, PortSlot};
+use dhcp_reclaim_ebpf::abi::{ABI_VERSION, PortSlot, port_slots};
 use dhcp_reclaim_tests::{
     agent::{Agent, Hook, Setup},
     clock::{Deadline, now},
@@ -142,7 +142,7 @@ fn one(
     let at_work = loop {
         // Refused while the far end has no carrier.
         let _down = nic.send(&frame);
-        let slot: PortSlot = transmute!(slots.get(&(ifindex & (PORT_SLOTS - 1)), 0)?);
+        let slot: PortSlot = transmute!(slots.get(&port_slots(ifindex)[0], 0)?);
         if slot.ifindex == ifindex && slot.seen_epoch != 0 {
             break now() - begin;
         }
