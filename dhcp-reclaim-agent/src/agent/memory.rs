@@ -10,6 +10,9 @@ use dhcp_reclaim_ebpf::abi::{
 };
 use tracing::{error, info, warn};
 
+/// An uplink that has been away for so long is none any more to an agent that starts.
+const LOST_UPLINK: Duration = Duration::from_secs(3600);
+
 use super::{
     Agent, chain, draw_xid,
     view::{self, Clocks},
@@ -39,7 +42,7 @@ pub(super) struct Memory {
     transactions: BTreeSet<TransactionId>,
     ports: BTreeSet<IfIndex>,
     /// Uplinks that went, of bridges that have none since: the next agent is to know that they had.
-    lost_uplinks: BTreeMap<IfIndex, Port>,
+    lost_uplinks: BTreeMap<IfIndex, (Port, Time)>,
     alarms: BTreeSet<AlarmId>,
     /// Intents that are new, or whose outcome is.
     audit: Vec<AuditEntry>,
@@ -136,14 +139,14 @@ impl Memory {
         self.ports.insert(ifindex);
     }
 
-    pub(super) fn lost_uplink(&mut self, port: &Port) {
-        self.lost_uplinks.insert(port.ifindex, port.clone());
+    pub(super) fn lost_uplink(&mut self, port: &Port, at: Time) {
+        self.lost_uplinks.insert(port.ifindex, (port.clone(), at));
     }
 
     pub(super) fn has_uplink(&mut self, segment: SegmentId) {
         let lost = self
             .lost_uplinks
-            .extract_if(.., |_, it| it.segment == segment);
+            .extract_if(.., |_, it| it.0.segment == segment);
         self.ports.extend(lost.map(|(ifindex, _)| ifindex));
     }
 
@@ -274,11 +277,13 @@ impl Agent {
             batch.transaction(TransactionRow::key(*id), row.as_ref());
         }
         for ifindex in &self.memory.ports {
-            let watched = self.watched.get(ifindex).map(|it| (&it.port, it.lost));
-            let lost = self.memory.lost_uplinks.get(ifindex).map(|it| (it, 0));
-            let row = watched.or(lost).and_then(|(port, lost)| {
+            let watched = self.watched.get(ifindex);
+            let watched = watched.map(|it| (&it.port, it.lost, None));
+            let lost = self.memory.lost_uplinks.get(ifindex);
+            let lost = lost.map(|(port, at)| (port, 0, Some(*at)));
+            let row = watched.or(lost).and_then(|(port, lost, gone_at)| {
                 let bridge = self.segments.name(port.segment)?;
-                Some(PortRow::new(bridge, port, lost, &now))
+                Some(PortRow::new(bridge, port, lost, gone_at, &now))
             });
             batch.port(PortRow::key(*ifindex), row.as_ref());
         }
@@ -429,7 +434,8 @@ impl Agent {
             let event = Event::PortUp(port.clone());
             self.engine.handle(event, now.monotonic);
             if port.role == Role::Uplink && !self.watches_uplink(port.segment) {
-                self.memory.lost_uplink(port);
+                let lost = self.memory.lost_uplinks.entry(port.ifindex);
+                lost.or_insert_with(|| (port.clone(), now.monotonic));
             }
         }
         self.memory.gone = (listed_at, gone.keys().copied().collect());
@@ -520,16 +526,23 @@ impl Agent {
         }
         for row in rows {
             let segment = self.segments.id(&row.bridge);
-            let (Some(segment), true) = (segment, row.is_of_this_boot(now)) else {
+            let is_over = row
+                .gone_at()
+                .is_some_and(|at| now.monotonic.since(at) > LOST_UPLINK);
+            let (Some(segment), true) = (segment, row.is_of_this_boot(now) && !is_over) else {
                 self.memory.port(row.ifindex);
                 continue;
             };
+            let gone_at = row.gone_at();
             let port = Port {
                 ifindex: row.ifindex,
                 name: row.name,
                 segment,
                 role: row.role,
             };
+            if let Some(at) = gone_at.filter(|_| !self.watches_uplink(segment)) {
+                self.memory.lost_uplink(&port, at);
+            }
             gone.insert(port.ifindex, port);
         }
         gone.retain(|ifindex, _| !self.watched.contains_key(ifindex));

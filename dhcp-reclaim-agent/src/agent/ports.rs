@@ -134,7 +134,7 @@ impl Agent {
                     && port.role == Role::Uplink
                     && !self.watches_uplink(port.segment)
                 {
-                    self.memory.lost_uplink(&port);
+                    self.memory.lost_uplink(&port, clock::monotonic());
                 }
                 self.blind.remove(&ifindex);
                 self.vlans.forget(ifindex);
@@ -225,7 +225,7 @@ impl Agent {
         let mut complete = false;
         match learned_macs().await {
             Ok(learned) => {
-                complete = learned.complete;
+                complete = !learned.cut && late.keys().all(|port| !learned.full.contains(port));
                 for (port, _, mac) in learned.macs {
                     if let Some(macs) = late.get(&port).and_then(|it| spoke.get_mut(it)) {
                         macs.insert(mac);

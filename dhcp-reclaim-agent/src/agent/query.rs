@@ -169,7 +169,6 @@ impl Agent {
     /// Reads what has come, and hands on what answers a question.
     pub(super) async fn read_answers(&mut self) {
         // An answer may order a repetition: by then all that is newer is to be known.
-        self.turn().await;
         self.drain().await;
         let mut answers = Vec::new();
         let mut leases = Vec::new();

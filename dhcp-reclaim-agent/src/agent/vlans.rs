@@ -79,7 +79,7 @@ impl Agent {
         for port in self.ports_of(segment) {
             self.apply_pvid(port);
             if before.unwrap_or_default() != filtering {
-                self.drain().await;
+                self.drain_remembered().await;
                 self.tell(Event::PvidChanged { port }).await;
             }
         }
@@ -106,10 +106,17 @@ impl Agent {
         if self.watched.contains_key(&ifindex) && before != after {
             self.apply_pvid(ifindex);
             // What is in the ring has the VLAN from before, and makes bindings that change with it.
-            self.drain().await;
+            self.drain_remembered().await;
             self.tell(Event::PvidChanged { port: ifindex }).await;
         }
         self.tell_vlans(segment).await;
+    }
+
+    /// What an agent that starts has not taken over yet, its records would be heard without.
+    async fn drain_remembered(&mut self) {
+        if !self.remembering {
+            self.drain().await;
+        }
     }
 
     pub(super) fn apply_pvid(&mut self, port: IfIndex) {

@@ -1231,6 +1231,7 @@ fn an_ambiguous_message_holds() {
 #[test]
 fn lost_records_hold_until_it_is_seen_again() {
     let mut bench = settled();
+    bench.pass(secs(6));
     bench.tell(Event::RecordsLost {
         port: VM_PORT,
         count: 3,
@@ -2254,6 +2255,7 @@ fn leases_end_while_the_host_is_suspended() {
 #[test]
 fn its_macs_lease_beyond_the_uplink_is_a_conflict_until_it_speaks() {
     let mut bench = settled();
+    bench.pass(secs(6));
     bench.port(UPLINK, "uplink0", Role::Uplink);
     let ack = Message {
         port: UPLINK,

@@ -7,7 +7,7 @@ mod links;
 mod wire;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     future::poll_fn,
     io,
     net::{IpAddr, Ipv4Addr},
@@ -349,8 +349,10 @@ const ROWS: usize = 65_536;
 pub struct Learned {
     /// At which of their ports, and on which VLAN of a bridge that filters them (otherwise zero).
     pub macs: Vec<(IfIndex, Vlan, MacAddr)>,
-    /// There were no more. Of each port 1,024, and of all 65,536 are read.
-    pub complete: bool,
+    /// Ports that may have learned more: of each 1,024 are read.
+    pub full: BTreeSet<IfIndex>,
+    /// There may be more at any port: of all 65,536 are read.
+    pub cut: bool,
 }
 
 pub async fn learned_macs() -> Result<Learned, AddressError> {
@@ -379,8 +381,14 @@ pub async fn learned_macs() -> Result<Learned, AddressError> {
         }
     })
     .await?;
-    let complete = rows < ROWS && of_port.values().all(|count| *count < MACS_OF_PORT);
-    Ok(Learned { macs, complete })
+    let full = of_port
+        .into_iter()
+        .filter(|(_, count)| *count >= MACS_OF_PORT);
+    Ok(Learned {
+        macs,
+        full: full.map(|(port, _)| port).collect(),
+        cut: rows >= ROWS,
+    })
 }
 
 /// The MAC that `ip` has at `link`, by the kernel's table of neighbours.
@@ -664,7 +672,7 @@ mod tests {
                     "link add vm{number} master br0 type veth peer name guest{number}"
                 ));
             }
-            let mut ports = std::collections::BTreeSet::new();
+            let mut ports = BTreeSet::new();
             loop {
                 match next_change(&mut watcher).await {
                     PortEvent::PortUp(port) => assert!(ports.insert(port.name)),

@@ -102,6 +102,9 @@ pub struct PortRow {
     pub role: Role,
     /// Lost records that the agent knew of.
     pub lost: u32,
+    /// An uplink that its bridge had last: since when it is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    gone_at: Option<u64>,
     boot: String,
 }
 
@@ -300,15 +303,20 @@ impl PortRow {
         ifindex.to_string()
     }
 
-    pub fn new(bridge: &str, port: &Port, lost: u32, now: &Moment) -> Self {
+    pub fn new(bridge: &str, port: &Port, lost: u32, gone_at: Option<Time>, now: &Moment) -> Self {
         Self {
             ifindex: port.ifindex,
             name: port.name.clone(),
             bridge: bridge.to_owned(),
             role: port.role,
             lost,
+            gone_at: gone_at.map(Time::as_nanos),
             boot: now.boot.clone(),
         }
+    }
+
+    pub fn gone_at(&self) -> Option<Time> {
+        self.gone_at.map(Time::from_nanos)
     }
 
     pub fn is_of_this_boot(&self, now: &Moment) -> bool {

@@ -300,6 +300,10 @@ impl Engine {
         if holds(&findings, Gate::Dead) && !late {
             return;
         }
+        if self.is_stale(key, now) && !late {
+            self.ask_about(key, true, now);
+            return;
+        }
         if findings.iter().any(|it| it.verdict != Verdict::Pass) {
             self.hold_question(key, findings, late, now);
             return;

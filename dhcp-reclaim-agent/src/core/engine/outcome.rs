@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 
 use super::{Engine, RETENTION};
 use crate::core::{
-    binding::{Ask, Check, Doubt, Outcome, Speaker, Watching},
+    binding::{Ask, Binding, Check, Doubt, Outcome, Speaker, Watching},
     gates::{Gate, Verdict},
     pacing::ServerKey,
     types::{
@@ -503,7 +503,13 @@ impl Engine {
         };
         let findings = self.case(binding).findings(now);
         let stop = findings.iter().find(|f| f.verdict != Verdict::Pass);
-        if stop.map_or_else(|| self.is_stale(key, now), |it| it.gate == Gate::Dead) {
+        let may_show = |binding: &Binding| {
+            let looked = binding.evidence.as_deref();
+            let is_new = matches!(binding.check, Check::Watching(it) if it.anew);
+            !is_new && looked.is_some_and(|(_, evidence)| evidence.armed)
+        };
+        let is_dead = stop.map_or_else(|| self.is_stale(key, now), |it| it.gate == Gate::Dead);
+        if is_dead && may_show(binding) {
             // It may be behind what has come, or come back, since it was asked: it is asked again, and
             // then the server is.
             self.ask_the_released(key, now);
@@ -544,7 +550,7 @@ impl Engine {
             .probed_at
             .is_some_and(|at| now.since(at) < self.policy.probe_wait);
         if !is_open {
-            self.send_probes(key, now);
+            self.ask_about(key, true, now);
         }
     }
 }

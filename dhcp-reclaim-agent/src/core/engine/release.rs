@@ -52,7 +52,7 @@ impl Engine {
             .find(|finding| finding.verdict != Verdict::Pass);
         let has_turn = self.bindings.get(&key).is_some_and(|b| b.turn.is_some());
         if !has_turn && stop.is_none_or(|it| it.gate == Gate::Rate) && self.is_stale(key, now) {
-            self.send_probes(key, now);
+            self.ask_about(key, true, now);
             return;
         }
         let Some(stop) = stop else {

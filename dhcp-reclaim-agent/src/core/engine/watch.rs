@@ -489,6 +489,16 @@ impl Engine {
     }
 
     pub(super) fn send_probes(&mut self, key: Key, now: Time) {
+        let probes = self.bindings.get(&key).and_then(|it| match it.check {
+            Check::Watching(watching) => Some(watching.probes),
+            Check::Idle | Check::Glancing => None,
+        });
+        let everybody = probes.is_some_and(|probes| probes < self.policy.misses);
+        self.ask_about(key, everybody, now);
+    }
+
+    /// `everybody`: whoever has the address, too, wherever that may be.
+    pub(super) fn ask_about(&mut self, key: Key, everybody: bool, now: Time) {
         let Some(binding) = self.bindings.get(&key) else {
             return;
         };
@@ -513,7 +523,7 @@ impl Engine {
             .segments
             .get(&key.segment)
             .is_some_and(|segment| segment.had_uplink || segment.had_aside);
-        if watching.everywhere && ask_all && watching.probes < self.policy.misses {
+        if watching.everywhere && ask_all && everybody {
             // Of everybody too: the switches beyond still think that the MAC is here, and so send
             // nothing for it to where it has moved; and another MAC may have the address by now,
             // there or behind a port whose DHCP is not heard.
@@ -653,14 +663,17 @@ impl Engine {
         self.policy.silence.max(round)
     }
 
-    /// It is in doubt, and nothing but a look can end that: once its VM is dead, nothing does.
+    /// It is in doubt, and nothing but a look can end that: once its VM is dead, nothing does. One that
+    /// was just seen is left alone, or a neighbour could have it asked without end.
     pub(super) fn look_soon(&mut self, key: Key, now: Time) {
         let soon = now + self.policy.probe_wait;
         let Some(binding) = self.bindings.get(&key) else {
             return;
         };
         let is_idle = binding.is_live() && binding.check == Check::Idle;
-        if is_idle && binding.due.is_none_or(|due| due > soon) {
+        let seen_at = binding.last_seen.unwrap_or(Time::ZERO);
+        let is_long_ago = now.since(seen_at) >= self.policy.probe_interval;
+        if is_idle && is_long_ago && binding.due.is_none_or(|due| due > soon) {
             self.schedule(key, soon);
         }
     }

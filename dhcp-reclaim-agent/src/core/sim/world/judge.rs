@@ -370,7 +370,7 @@ impl World {
         let given_back = state.given_back.contains(&(it.mac, ip));
         let lost = given_back && self.setup.release_loss > 0;
         // Of two answers, one of them to its MAC at another port, the end that comes sooner counts.
-        let contested = state.engine.counters()["acks_contested"] > 0;
+        let contested = state.conflicts.contains(&(it.mac, ip));
         let sooner = binding.is_some_and(|it| it.state == State::Expired) && contested;
         if state.excused_until > died || about || twin || held || alarmed || lost || sooner {
             self.stats.excused += 1;

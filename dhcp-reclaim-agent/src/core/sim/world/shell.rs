@@ -550,6 +550,11 @@ impl World {
                     self.stats.moved += u64::from(notice.event == NoticeKind::Moved);
                     self.stats.repeated += u64::from(notice.reason.contains("once more"));
                     self.stats.alarms += u64::from(notice.event == NoticeKind::ReleasedAlive);
+                    if let (NoticeKind::Conflict, Some(mac), Some(ip)) =
+                        (notice.event, notice.mac, notice.ip)
+                    {
+                        self.nodes[node].conflicts.insert((mac, ip));
+                    }
                     let vlan = self
                         .vms
                         .iter()
