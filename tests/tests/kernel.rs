@@ -697,7 +697,7 @@ fn a_slot_has_one_owner() {
         let mut indexes = (1..).map(|n| others[1] + n * PORT_SLOTS);
         let third = indexes.find(|it| port_slots(*it) == [others[1], los[0]]);
         ip(&format!(
-            "link add third index {} type dummy",
+            "link add third index {} type veth peer name peer1",
             third.unwrap()
         ));
         let third = port("third", Role::Vm);
