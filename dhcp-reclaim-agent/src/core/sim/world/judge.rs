@@ -329,9 +329,18 @@ impl World {
         let resumed = Some(state.resumed_at);
         // What it does late it may find out late: then the slow road is as good.
         let busy = Some(state.busy_until);
-        for at in [Some(state.started_at), resumed, busy, used, heard]
-            .into_iter()
-            .flatten()
+        // Who asks for it in the meantime may have been its VM: silence begins anew.
+        let asked_for = state.conflicts.get(&(it.mac, ip)).copied();
+        for at in [
+            Some(state.started_at),
+            resumed,
+            busy,
+            used,
+            heard,
+            asked_for,
+        ]
+        .into_iter()
+        .flatten()
         {
             if at > from {
                 (from, bound) = (at, SLOW);
@@ -370,7 +379,7 @@ impl World {
         let given_back = state.given_back.contains(&(it.mac, ip));
         let lost = given_back && self.setup.release_loss > 0;
         // Of two answers, one of them to its MAC at another port, the end that comes sooner counts.
-        let contested = state.conflicts.contains(&(it.mac, ip));
+        let contested = state.conflicts.contains_key(&(it.mac, ip));
         let sooner = binding.is_some_and(|it| it.state == State::Expired) && contested;
         if state.excused_until > died || about || twin || held || alarmed || lost || sooner {
             self.stats.excused += 1;

@@ -334,8 +334,8 @@ struct Node {
     facts: BTreeMap<Source, Fact>,
     /// Others that were heard to claim an address while a binding of it was known here.
     claims: BTreeSet<(MacAddr, Ipv4Addr)>,
-    /// Of whom it has told that another port has them.
-    conflicts: BTreeSet<(MacAddr, Ipv4Addr)>,
+    /// Of whom it has told that another port has them, and when.
+    conflicts: BTreeMap<(MacAddr, Ipv4Addr), Time>,
     /// RELEASEs since the latest ACK of the address to the MAC.
     given_back: BTreeSet<(MacAddr, Ipv4Addr)>,
     lost_told: BTreeMap<IfIndex, u32>,
@@ -832,7 +832,7 @@ impl Node {
             last_frame: BTreeMap::new(),
             facts: BTreeMap::new(),
             claims: BTreeSet::new(),
-            conflicts: BTreeSet::new(),
+            conflicts: BTreeMap::new(),
             given_back: BTreeSet::new(),
             lost_told: BTreeMap::new(),
             lost_at: BTreeMap::new(),

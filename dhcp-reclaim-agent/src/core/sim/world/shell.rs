@@ -553,7 +553,7 @@ impl World {
                     if let (NoticeKind::Conflict, Some(mac), Some(ip)) =
                         (notice.event, notice.mac, notice.ip)
                     {
-                        self.nodes[node].conflicts.insert((mac, ip));
+                        self.nodes[node].conflicts.insert((mac, ip), self.now);
                     }
                     let vlan = self
                         .vms
