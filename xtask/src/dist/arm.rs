@@ -34,6 +34,9 @@ pub fn build_and_run(dist: &Dist) -> Result<()> {
     ensure!(told.trim() == expected, "--version says {told}");
     println!("{}", told.trim());
 
+    println!("== aarch64: doctor under qemu");
+    doctor(&qemu, &binary)?;
+
     println!("== aarch64: unit tests under qemu");
     cargo(&sysroot, &["test", "--no-run", "--lib"])?;
     let tests = newest_test(&built.join("deps"))?;
@@ -46,6 +49,30 @@ pub fn build_and_run(dist: &Dist) -> Result<()> {
         .current_dir(root().join("dhcp-reclaim-agent")))?;
     let result = told.lines().rfind(|line| line.starts_with("test result"));
     println!("{}", result.context("the tests say nothing")?);
+    Ok(())
+}
+
+/// It looks at all that it would, whatever it finds: qemu knows no bpf(2).
+fn doctor(qemu: &Path, binary: &Path) -> Result<()> {
+    let output = Command::new(qemu)
+        .arg(binary)
+        .args(["doctor", "--json"])
+        .output()?;
+    let out = String::from_utf8_lossy(&output.stdout);
+    let err = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        matches!(output.status.code(), Some(0 | 1)),
+        "doctor: {}: {err}",
+        output.status
+    );
+    let findings: Result<Vec<serde_json::Value>, _> =
+        out.lines().map(serde_json::from_str).collect();
+    let findings = findings.with_context(|| format!("doctor says no JSON: {out}{err}"))?;
+    for check in ["kernel", "bpf", "bpffs", "bridge"] {
+        let found = findings.iter().any(|finding| finding["check"] == check);
+        ensure!(found, "doctor did not look at {check}: {findings:?}");
+    }
+    println!("{} findings", findings.len());
     Ok(())
 }
 
