@@ -46,7 +46,7 @@ pub fn main(args: &Args) -> Result<ExitCode> {
         "--jobs",
         &args.jobs.to_string(),
         "--minimum-test-timeout",
-        "60",
+        if args.lives == 0 { "10" } else { "60" },
     ]);
     for file in &args.file {
         command.args(["--file", file]);

@@ -2274,6 +2274,32 @@ fn its_macs_lease_beyond_the_uplink_is_a_conflict_until_it_speaks() {
 }
 
 #[test]
+fn who_only_asked_for_an_address_does_not_share_it() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.lease(OTHER_PORT, OTHER, IP);
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Pass);
+}
+
+/// What one of two clones has given back the other may ask for again, and is then not its only owner.
+#[test]
+fn a_lease_that_two_had_is_remembered_until_it_ends() {
+    let mut bench = settled();
+    bench.lease(OTHER_PORT, OTHER, IP);
+    bench.message(Message {
+        kind: MessageType::Release,
+        ciaddr: Some(IP),
+        requested_ip: None,
+        ..bench.request(OTHER_PORT, OTHER, IP)
+    });
+    assert_eq!(bench.state(KEY), Some(State::Withdrawn));
+    bench.pass(secs(3500));
+    assert_eq!(bench.state(KEY), Some(State::Withdrawn));
+    bench.pass(secs(200));
+    assert_eq!(bench.state(KEY), None);
+}
+
+#[test]
 fn an_address_that_two_stations_were_given_is_never_released() {
     let mut bench = settled();
     bench.lease(OTHER_PORT, OTHER, IP);

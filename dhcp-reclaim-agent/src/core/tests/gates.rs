@@ -23,6 +23,7 @@ struct World {
     watching: Watching,
     evidence: Evidence,
     uplink: bool,
+    settled_at: Time,
     paused: Option<&'static str>,
 }
 
@@ -51,6 +52,7 @@ impl World {
                 ..Evidence::default()
             },
             uplink: true,
+            settled_at: Time::ZERO,
             paused: None,
         }
     }
@@ -71,7 +73,7 @@ impl World {
             twin: None,
             uplink: self.uplink,
             bridge_gone: false,
-            settled_at: Time::ZERO,
+            settled_at: self.settled_at,
             watched_at: Time::ZERO,
             paused: self.paused,
             breaker: &Breaker::default(),
@@ -110,6 +112,16 @@ fn one_that_is_left_out_is_not_asked() {
         (Verdict::Pass, "overridden".to_owned())
     );
     assert_ne!(world.reason(Gate::Dead), "overridden");
+}
+
+#[test]
+fn who_has_just_settled_has_settled() {
+    let settled =
+        |settled_at| World::with(|world| world.settled_at = settled_at).says(Gate::Settled);
+    assert_eq!(settled(NOW).0, Verdict::Pass);
+    let (verdict, reason) = settled(NOW + Duration::from_millis(1250));
+    assert_eq!(verdict, Verdict::Hold);
+    assert_eq!(reason, "the agent or its links changed: 1.250s to go");
 }
 
 #[test]
