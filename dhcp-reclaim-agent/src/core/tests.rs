@@ -50,6 +50,8 @@ struct Bench {
     lease_query: Option<QueryAnswer>,
     /// The server answers what comes behind RELEASEs.
     reads_on: bool,
+    /// How many gates had spoken for the latest RELEASE when it was on its way.
+    grounds: usize,
     seen: Vec<Action>,
     /// What was to be saved, in which state; `None` is deleted.
     saves: Vec<(Key, Option<State>)>,
@@ -74,6 +76,7 @@ impl Bench {
             outcome: ReleaseOutcome::Sent,
             lease_query: Some(QueryAnswer::Silence),
             reads_on: false,
+            grounds: 0,
             seen: Vec::new(),
             saves: Vec::new(),
         };
@@ -128,10 +131,13 @@ impl Bench {
                     key,
                     sent: self.sends,
                 },
-                Action::Release { key, .. } => Event::Released {
-                    key,
-                    outcome: self.outcome,
-                },
+                Action::Release { key, .. } => {
+                    self.grounds = self.engine.grounds(key).len();
+                    Event::Released {
+                        key,
+                        outcome: self.outcome,
+                    }
+                }
                 Action::Sound(sounding) if self.reads_on => Event::ServerRead {
                     server: (sounding.segment, sounding.vlan, sounding.server),
                     mark: sounding.mark,
@@ -379,6 +385,43 @@ fn a_lost_port_is_probed_at_once_and_released_after_the_hold_down() {
     );
     bench.pass(secs(500));
     assert_eq!(bench.releases(), 1, "once");
+}
+
+#[test]
+fn what_every_gate_said_is_known_while_a_release_is_on_its_way() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(3));
+    assert_eq!(bench.grounds, Gate::ALL.len());
+    assert!(bench.engine.grounds(KEY).is_empty(), "no longer");
+}
+
+#[test]
+fn how_long_a_vm_was_silent_is_known_from_the_first_sign_of_it() {
+    let silent_at = |bench: &Bench| bench.engine.bindings_of(IP).next().unwrap().silent_at;
+    let mut bench = settled();
+    assert_eq!(silent_at(&bench), None);
+    let lost_at = bench.now;
+    let down = Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::CarrierLost,
+    };
+    bench.tell(down.clone());
+    bench.pass(secs(1));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    assert_eq!(silent_at(&bench), Some(lost_at));
+    let mut bench = settled();
+    bench.tell(down);
+    bench.port(VM_PORT, "vm1", Role::Vm);
+    bench.vm_talks = true;
+    bench.pass(secs(2));
+    assert_eq!(silent_at(&bench), None, "it is alive");
 }
 
 /// What a VM says by a port before that is watched, nobody hears.
@@ -1385,6 +1428,31 @@ fn the_breaker_opens_when_too_many_die() {
             .filter_map(notice)
             .any(|n| n.event == NoticeKind::Held && n.reason.starts_with("breaker"))
     );
+    // They were not dead: it closes by that, and says so.
+    assert!(bench.engine.breaker_opened_at().is_some());
+    bench.seen.clear();
+    bench.lives_at = Some(OTHER_PORT);
+    bench.pass(secs(60));
+    assert!(bench.engine.breaker_opened_at().is_none());
+    let mut told = bench.seen.iter().filter_map(notice);
+    assert!(told.any(|n| n.event == NoticeKind::Alive && n.reason.starts_with("breaker closed")));
+}
+
+#[test]
+fn an_answer_that_takes_its_time_is_an_answer() {
+    let mut bench = Bench::new(Policy::default());
+    bench.lease(OTHER_PORT, OTHER, Ipv4Addr::new(10, 0, 0, 2));
+    bench.message(bench.request(VM_PORT, VM, IP));
+    // Long enough for everything else that is due, and shorter than a transaction.
+    bench.pass(secs(100));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    // And one that takes too long is none.
+    let ip = Ipv4Addr::new(10, 0, 0, 3);
+    bench.message(bench.request(VM_PORT, VM, ip));
+    bench.pass(secs(121));
+    bench.message(bench.ack(VM_PORT, VM, ip));
+    assert_ne!(bench.state(Key { ip, ..KEY }), Some(State::Bound));
 }
 
 /// So many die at once on a node that sends a server two a second, `burst` at once.
