@@ -6,7 +6,7 @@ use tracing::{debug, warn};
 use super::{Agent, Scope, chain};
 use crate::{
     clock,
-    core::{Evidence, IfIndex, Key, MacAddr, Probe, ProbeVia, Role, Time, types::EPOCH_ASKING},
+    core::{Evidence, IfIndex, Key, MacAddr, Probe, ProbeVia, Time, types::EPOCH_ASKING},
     kernel::{watch_ip, watch_mac},
     packet::arp,
 };
@@ -51,12 +51,7 @@ impl Agent {
             self.apply_exact(port);
         }
         if let Some(segment) = scope.segment {
-            let ports: Vec<IfIndex> = self
-                .watched
-                .values()
-                .filter(|watched| watched.port.segment == segment)
-                .map(|watched| watched.port.ifindex)
-                .collect();
+            let ports: Vec<IfIndex> = self.ports_of(segment).map(|port| port.ifindex).collect();
             for port in ports {
                 self.apply_exact(port);
             }
@@ -100,16 +95,14 @@ impl Agent {
             .flatten()
             .filter_map(|value| value.seen_elsewhere(own))
             .max();
-        let uplinks = self.watched.values().filter(|watched| {
-            watched.port.segment == key.segment && watched.port.role == Role::Uplink
-        });
         Evidence {
             own_at: by_own.map(Time::from_nanos),
             address_at: address_at.map(Time::from_nanos),
             elsewhere: elsewhere.map(|(at, port)| (Time::from_nanos(at), port)),
             port_at: own_port.and_then(|port| self.heard(port)),
-            uplink_at: uplinks
-                .filter_map(|watched| self.heard(watched.port.ifindex))
+            uplink_at: self
+                .uplinks(key.segment)
+                .filter_map(|port| self.heard(port.ifindex))
                 .max(),
             address: ip
                 .filter(|value| value.latest_ns() != 0)

@@ -10,9 +10,6 @@ use dhcp_reclaim_ebpf::abi::{
 };
 use tracing::{error, info, warn};
 
-/// An uplink that has been away for so long is none any more to an agent that starts.
-const LOST_UPLINK: Duration = Duration::from_secs(3600);
-
 use super::{
     Agent, chain, draw_xid,
     view::{self, Clocks},
@@ -31,6 +28,9 @@ use crate::{
         OperatorEntry, PortRow, Store, Trail, TransactionRow,
     },
 };
+
+/// An uplink that has been away for so long is none any more to an agent that starts.
+const LOST_UPLINK: Duration = Duration::from_secs(3600);
 
 /// The store, and what it does not know yet.
 pub(super) struct Memory {
@@ -430,12 +430,12 @@ impl Agent {
         // Of a port that is gone there may be records in the ring: it counts as there until those
         // have been read.
         let gone = self.gone_ports(remembered.ports, &left.slots, &now);
-        for port in gone.values() {
+        for (port, gone_at) in gone.values() {
             let event = Event::PortUp(port.clone());
             self.engine.handle(event, now.monotonic);
-            if port.role == Role::Uplink && !self.watches_uplink(port.segment) {
-                let lost = self.memory.lost_uplinks.entry(port.ifindex);
-                lost.or_insert_with(|| (port.clone(), now.monotonic));
+            if port.role == Role::Uplink && self.uplinks(port.segment).next().is_none() {
+                let at = gone_at.unwrap_or(now.monotonic);
+                self.memory.lost_uplink(port, at);
             }
         }
         self.memory.gone = (listed_at, gone.keys().copied().collect());
@@ -493,7 +493,7 @@ impl Agent {
         }
         for slot in left.slots.iter().filter(|s| gone.contains_key(&s.ifindex)) {
             let port = slot.ifindex;
-            let known = self.memory.port_lost(port, &gone[&port].name);
+            let known = self.memory.port_lost(port, &gone[&port].0.name);
             let count = slot.lost.wrapping_sub(known);
             if count != 0 {
                 self.tell(Event::RecordsLost { port, count }).await;
@@ -511,7 +511,7 @@ impl Agent {
         rows: Vec<PortRow>,
         slots: &[PortSlot],
         now: &Moment,
-    ) -> BTreeMap<IfIndex, Port> {
+    ) -> BTreeMap<IfIndex, (Port, Option<Time>)> {
         let mut gone = BTreeMap::new();
         for slot in slots {
             let port = Port {
@@ -521,37 +521,27 @@ impl Agent {
                 role: role_of(slot.role).unwrap_or(Role::Vm),
             };
             if self.segments.name(port.segment).is_some() {
-                gone.insert(port.ifindex, port);
+                gone.insert(port.ifindex, (port, None));
             }
         }
         for row in rows {
             let segment = self.segments.id(&row.bridge);
-            let is_over = row
-                .gone_at()
-                .is_some_and(|at| now.monotonic.since(at) > LOST_UPLINK);
+            let gone_at = row.gone_at();
+            let is_over = gone_at.is_some_and(|at| now.monotonic.since(at) > LOST_UPLINK);
             let (Some(segment), true) = (segment, row.is_of_this_boot(now) && !is_over) else {
                 self.memory.port(row.ifindex);
                 continue;
             };
-            let gone_at = row.gone_at();
             let port = Port {
                 ifindex: row.ifindex,
                 name: row.name,
                 segment,
                 role: row.role,
             };
-            if let Some(at) = gone_at.filter(|_| !self.watches_uplink(segment)) {
-                self.memory.lost_uplink(&port, at);
-            }
-            gone.insert(port.ifindex, port);
+            gone.insert(port.ifindex, (port, gone_at));
         }
         gone.retain(|ifindex, _| !self.watched.contains_key(ifindex));
         gone
-    }
-
-    pub(super) fn watches_uplink(&self, segment: SegmentId) -> bool {
-        let mut ports = self.watched.values().map(|watched| &watched.port);
-        ports.any(|port| port.role == Role::Uplink && port.segment == segment)
     }
 
     /// Whether this was heard when the ports that are gone were gone already.

@@ -132,7 +132,7 @@ impl Agent {
                 self.kernel.unwatch(ifindex);
                 if let Some(Watched { port, .. }) = self.watched.remove(&ifindex)
                     && port.role == Role::Uplink
-                    && !self.watches_uplink(port.segment)
+                    && self.uplinks(port.segment).next().is_none()
                 {
                     self.memory.lost_uplink(&port, clock::monotonic());
                 }
@@ -248,6 +248,16 @@ impl Agent {
             let macs = macs.into_iter().collect();
             self.tell(Event::Unheard { segment, macs }).await;
         }
+    }
+
+    pub(super) fn ports_of(&self, segment: SegmentId) -> impl Iterator<Item = &Port> {
+        let watched = self.watched.values().map(|watched| &watched.port);
+        watched.filter(move |port| port.segment == segment)
+    }
+
+    pub(super) fn uplinks(&self, segment: SegmentId) -> impl Iterator<Item = &Port> {
+        self.ports_of(segment)
+            .filter(|port| port.role == Role::Uplink)
     }
 
     pub(super) fn record_limits(&self, role: Role) -> (u16, u16) {

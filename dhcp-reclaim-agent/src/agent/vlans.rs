@@ -76,10 +76,13 @@ impl Agent {
                 "VLANs are filtered in another way"
             );
         }
-        for port in self.ports_of(segment) {
-            self.apply_pvid(port);
-            if before.unwrap_or_default() != filtering {
-                self.drain_remembered().await;
+        let ports: Vec<IfIndex> = self.ports_of(segment).map(|port| port.ifindex).collect();
+        for port in &ports {
+            self.apply_pvid(*port);
+        }
+        if before.unwrap_or_default() != filtering {
+            self.drain_remembered().await;
+            for port in ports {
                 self.tell(Event::PvidChanged { port }).await;
             }
         }
@@ -147,12 +150,6 @@ impl Agent {
         bridge.is_some_and(|bridge| self.vlans.filtering.contains_key(&bridge.ifindex))
     }
 
-    fn ports_of(&self, segment: SegmentId) -> Vec<IfIndex> {
-        let watched = self.watched.values().map(|watched| &watched.port);
-        let ports = watched.filter(|port| port.segment == segment);
-        ports.map(|port| port.ifindex).collect()
-    }
-
     /// What the core must know: where the bridge itself can send, and what cannot be told apart.
     async fn tell_vlans(&mut self, segment: SegmentId) {
         let Some(bridge) = self.segments.bridge(segment) else {
@@ -160,10 +157,10 @@ impl Agent {
         };
         let name = self.segments.name(segment).unwrap_or("?");
         let filtering = self.vlans.filtering.get(&bridge.ifindex).copied();
-        let tunnel = self.ports_of(segment).into_iter().any(|port| {
+        let tunnel = self.ports_of(segment).any(|port| {
             self.vlans
                 .links
-                .get(&port)
+                .get(&port.ifindex)
                 .is_some_and(|vlans| vlans.tunnel)
         });
         let reason = match filtering {

@@ -181,6 +181,16 @@ impl Bench {
         self.now = until;
     }
 
+    /// The same, on an uplink that is heard all the time.
+    fn pass_heard(&mut self, duration: Duration) {
+        const STEP: Duration = Duration::from_millis(100);
+        let until = self.now + duration;
+        while self.now < until {
+            self.evidence.uplink_at = Some(self.now);
+            self.pass(STEP.min(until.since(self.now)));
+        }
+    }
+
     fn message(&mut self, message: Message) {
         self.tell(Event::Message(message));
     }
@@ -529,40 +539,34 @@ fn what_was_seen_before_its_port_came_back_is_looked_at() {
 fn with_an_uplink_whoever_was_kept_is_asked_before_it_is_released() {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);
-    let pass = |bench: &mut Bench, seconds: u64| {
-        for _ in 0..seconds * 10 {
-            bench.evidence.uplink_at = Some(bench.now);
-            bench.pass(Duration::from_millis(100));
-        }
-    };
-    pass(&mut bench, 10);
+    bench.pass_heard(secs(10));
     bench.engine.pause("an upgrade".to_owned(), bench.now);
     bench.carry_out();
     bench.tell(Event::PortDown {
         port: VM_PORT,
         loss: PortLoss::Deleted,
     });
-    pass(&mut bench, 20);
+    bench.pass_heard(secs(20));
     assert_eq!(bench.state(KEY), Some(State::Gone));
     // The latest probe left as long ago as may be.
     let probes = bench.probes();
     while bench.probes() == probes {
-        pass(&mut bench, 1);
+        bench.pass_heard(secs(1));
     }
-    pass(&mut bench, 3);
+    bench.pass_heard(secs(3));
     let probes = bench.probes();
     bench.engine.resume("root", bench.now);
     bench.carry_out();
     bench.lives_at = Some(UPLINK);
     let mut dead = bench.engine.clone();
-    pass(&mut bench, 3);
+    bench.pass_heard(secs(3));
     assert_eq!(bench.state(KEY), Some(State::Moved));
     assert_eq!(bench.releases(), 0);
     // The same, and nobody answers.
     std::mem::swap(&mut bench.engine, &mut dead);
     bench.lives_at = None;
     bench.evidence.elsewhere = None;
-    pass(&mut bench, 3);
+    bench.pass_heard(secs(3));
     assert_eq!((bench.releases(), bench.probes()), (1, probes + 1));
 }
 
@@ -570,23 +574,17 @@ fn with_an_uplink_whoever_was_kept_is_asked_before_it_is_released() {
 fn who_waits_for_a_port_that_has_come_is_asked_at_once() {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);
-    let pass = |bench: &mut Bench, tenths| {
-        for _ in 0..tenths {
-            bench.evidence.uplink_at = Some(bench.now);
-            bench.pass(Duration::from_millis(100));
-        }
-    };
-    pass(&mut bench, 100);
+    bench.pass_heard(Duration::from_millis(10000));
     bench.tell(Event::PortDown {
         port: VM_PORT,
         loss: PortLoss::Deleted,
     });
     // The last question has left.
-    pass(&mut bench, 95);
+    bench.pass_heard(Duration::from_millis(9500));
     bench.port(13, "late", Role::Vm);
-    pass(&mut bench, 10);
+    bench.pass_heard(Duration::from_millis(1000));
     assert_eq!(bench.releases(), 0);
-    pass(&mut bench, 16);
+    bench.pass_heard(Duration::from_millis(1600));
     assert_eq!(bench.releases(), 1, "no whole round is waited for");
 }
 
@@ -767,15 +765,9 @@ fn with_an_uplink_that_is_heard_the_hold_down_is_the_uplinks() {
         port: VM_PORT,
         loss: PortLoss::Deleted,
     });
-    for _ in 0..95 {
-        bench.evidence.uplink_at = Some(bench.now);
-        bench.pass(Duration::from_millis(100));
-    }
+    bench.pass_heard(Duration::from_millis(9500));
     assert_eq!(bench.releases(), 0, "the hold-down has not passed");
-    for _ in 0..10 {
-        bench.evidence.uplink_at = Some(bench.now);
-        bench.pass(Duration::from_millis(100));
-    }
+    bench.pass_heard(secs(1));
     assert_eq!(bench.releases(), 1);
 }
 

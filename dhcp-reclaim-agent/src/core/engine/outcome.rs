@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 
 use super::{Engine, RETENTION};
 use crate::core::{
-    binding::{Ask, Binding, Check, Doubt, Outcome, Speaker, Watching},
+    binding::{Ask, Check, Doubt, Outcome, Speaker, Watching},
     gates::{Gate, Verdict},
     pacing::ServerKey,
     types::{
@@ -22,10 +22,10 @@ const VIGILS: usize = 2048;
 const RELEASES: u32 = 3;
 /// A server that does not answer lease queries is not asked again for this long.
 const UNANSWERED: Duration = Duration::from_secs(3600);
-/// One that has answered before.
-const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// The same where nobody could be asked: an address may come.
 const UNASKED: Duration = Duration::from_secs(60);
+/// The same for a server that has answered before.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// Servers whose answers are remembered.
 const SERVERS: usize = 64;
 /// MACs that are held after an alarm.
@@ -503,16 +503,10 @@ impl Engine {
         };
         let findings = self.case(binding).findings(now);
         let stop = findings.iter().find(|f| f.verdict != Verdict::Pass);
-        let may_show = |binding: &Binding| {
-            let looked = binding.evidence.as_deref();
-            let is_new = matches!(binding.check, Check::Watching(it) if it.anew);
-            !is_new && looked.is_some_and(|(_, evidence)| evidence.armed)
-        };
-        let is_dead = stop.map_or_else(|| self.is_stale(key, now), |it| it.gate == Gate::Dead);
-        if is_dead && may_show(binding) {
-            // It may be behind what has come, or come back, since it was asked: it is asked again, and
-            // then the server is.
-            self.ask_the_released(key, now);
+        let port = binding.port;
+        // It may be behind what has come, or come back, since it was asked.
+        let may_live = stop.map_or_else(|| self.is_stale(key, now), |it| it.gate == Gate::Dead);
+        if may_live && self.ask_the_released(key, now) {
             return;
         }
         if let Some(stop) = stop {
@@ -520,7 +514,6 @@ impl Engine {
             self.tell(key, NoticeKind::Held, reason, now);
             return;
         }
-        let port = binding.port;
         let why = format!("{server} still has it as active: once more ");
         self.order_release_because(key, &why, now);
         if self
@@ -536,21 +529,25 @@ impl Engine {
         }
     }
 
-    fn ask_the_released(&mut self, key: Key, now: Time) {
+    /// It is asked again, and then the server is. `false`: no look could show what comes of it.
+    fn ask_the_released(&mut self, key: Key, now: Time) -> bool {
         let Some(binding) = self.bindings.get_mut(&key) else {
-            return;
+            return false;
         };
-        if let Some(vigil) = &mut binding.vigil {
-            vigil.asked = false;
+        let is_armed = matches!(binding.evidence.as_deref(), Some((_, seen)) if seen.armed);
+        let (Check::Watching(watching), Some(vigil)) = (binding.check, &mut binding.vigil) else {
+            return false;
+        };
+        if watching.anew || !is_armed {
+            return false;
         }
-        let Check::Watching(watching) = binding.check else {
-            return;
-        };
+        vigil.asked = false;
         let is_open = watching
             .probed_at
             .is_some_and(|at| now.since(at) < self.policy.probe_wait);
         if !is_open {
             self.ask_about(key, true, now);
         }
+        true
     }
 }
