@@ -1,11 +1,13 @@
 //! What a service manager is told (sd_notify(3)): ready, reloading, stopping, and still at work.
 //!
 //! Not the crate sd-notify: its sockets block, and the loop must not wait for a service manager that
-//! does not read.
+//! does not read. What such a one is to know is kept, and said when it reads again: a start or a
+//! reload that is not told of fails in the manager's eyes.
 
 #![forbid(unsafe_code)]
 
 use std::{
+    collections::VecDeque,
     env,
     ffi::OsStr,
     io,
@@ -29,7 +31,14 @@ use crate::core::Time;
 pub struct Service {
     socket: Option<UnixDatagram>,
     watchdog: Option<Watchdog>,
+    /// Not sent yet, in its order: the manager's queue is full.
+    unsent: VecDeque<String>,
 }
+
+/// More than that of them and the oldest are forgotten: the newest is what holds.
+const UNSENT_MAX: usize = 16;
+/// How long the end waits for a manager that does not read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Watchdog {
@@ -47,6 +56,7 @@ impl Service {
             Ok(socket) => Self {
                 socket: Some(socket),
                 watchdog: watchdog(|name| env::var(name).ok(), process::id()),
+                unsent: VecDeque::new(),
             },
             Err(error) => {
                 let path = path.to_string_lossy();
@@ -56,26 +66,41 @@ impl Service {
         }
     }
 
-    pub fn ready(&self, status: &str) {
-        self.tell(&format!("READY=1\nSTATUS={status}"));
+    pub fn ready(&mut self, status: &str) {
+        self.tell(format!("READY=1\nSTATUS={status}"));
     }
 
-    pub fn status(&self, status: &str) {
-        self.tell(&format!("STATUS={status}"));
+    pub fn status(&mut self, status: &str) {
+        self.tell(format!("STATUS={status}"));
     }
 
     /// To be followed by [`Self::ready`].
-    pub fn reloading(&self, now: Time) {
+    pub fn reloading(&mut self, now: Time) {
         let micros = now.as_nanos() / 1000;
-        self.tell(&format!("RELOADING=1\nMONOTONIC_USEC={micros}"));
+        self.tell(format!("RELOADING=1\nMONOTONIC_USEC={micros}"));
     }
 
-    pub fn stopping(&self) {
-        self.tell("STOPPING=1");
+    /// The last of all, and the only one that waits, for a second at most: nothing else is left to do.
+    pub fn stopping(&mut self) {
+        if let Some(socket) = &self.socket {
+            let waits = socket
+                .set_nonblocking(false)
+                .and_then(|()| socket.set_write_timeout(Some(LAST_WORDS)));
+            if let Err(error) = waits {
+                debug!(%error, "the service manager is not waited for");
+            }
+        }
+        // Whoever stops is neither ready nor reloading.
+        self.unsent.clear();
+        self.tell("STOPPING=1".to_owned());
+        if !self.unsent.is_empty() {
+            warn!("the service manager does not read: it was not told of the end");
+        }
     }
 
     /// The loop goes round: to be called at each turn.
     pub fn alive(&mut self, now: Time) {
+        self.flush();
         let Some(watchdog) = &mut self.watchdog else {
             return;
         };
@@ -83,15 +108,36 @@ impl Service {
             return;
         }
         watchdog.due = now + watchdog.interval;
-        self.tell("WATCHDOG=1");
+        // Not kept: the next one says as much.
+        if let Some(socket) = &self.socket
+            && let Err(error) = socket.send(b"WATCHDOG=1")
+        {
+            debug!(%error, "the watchdog was not patted");
+        }
     }
 
-    fn tell(&self, state: &str) {
+    fn tell(&mut self, state: String) {
+        if self.socket.is_none() {
+            return;
+        }
+        self.unsent.push_back(state);
+        self.flush();
+        if self.unsent.len() > UNSENT_MAX {
+            let state = self.unsent.pop_front();
+            warn!(state, "the service manager does not read: it was not told");
+        }
+    }
+
+    fn flush(&mut self) {
         let Some(socket) = &self.socket else {
             return;
         };
-        if let Err(error) = socket.send(state.as_bytes()) {
-            debug!(%error, state, "the service manager was not told");
+        while let Some(state) = self.unsent.front() {
+            if let Err(error) = socket.send(state.as_bytes()) {
+                debug!(%error, state, "the service manager was not told yet");
+                return;
+            }
+            self.unsent.pop_front();
         }
     }
 }
@@ -120,6 +166,8 @@ fn watchdog(env: impl Fn(&str) -> Option<String>, pid: u32) -> Option<Watchdog> 
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
 
     fn at(secs: u64) -> Time {
@@ -142,6 +190,7 @@ mod tests {
         let mut service = Service {
             socket: Some(ours),
             watchdog: watchdog(wanted, 7),
+            ..Service::default()
         };
         service.ready("1 port");
         assert_eq!(told(&theirs), "READY=1\nSTATUS=1 port");
@@ -156,16 +205,59 @@ mod tests {
     }
 
     #[test]
-    fn a_manager_that_does_not_read_holds_nothing_up() {
-        let (ours, _theirs) = UnixDatagram::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        let service = Service {
-            socket: Some(ours),
-            watchdog: None,
-        };
-        for _ in 0..10_000 {
-            service.stopping();
+    fn a_manager_that_does_not_read_holds_nothing_up_and_hears_the_newest_when_it_does() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        for socket in [&ours, &theirs] {
+            socket.set_nonblocking(true).unwrap();
         }
+        while ours.send(b"WATCHDOG=1").is_ok() {}
+        let mut service = Service {
+            socket: Some(ours),
+            ..Service::default()
+        };
+        for number in 0..10_000 {
+            service.reloading(at(number));
+        }
+        service.ready("0 ports");
+        while told(&theirs) == "WATCHDOG=1" {}
+        service.alive(at(1));
+        let mut heard = Vec::new();
+        loop {
+            match told(&theirs) {
+                nothing if nothing == "nothing" => break,
+                told => heard.push(told),
+            }
+            service.alive(at(1));
+        }
+        assert_eq!(heard.len(), UNSENT_MAX, "{heard:?}");
+        let [.., reloading, ready] = &heard[..] else {
+            panic!("{heard:?}");
+        };
+        assert_eq!(reloading, "RELOADING=1\nMONOTONIC_USEC=9999000000");
+        assert_eq!(ready, "READY=1\nSTATUS=0 ports");
+    }
+
+    #[test]
+    fn the_end_waits_for_a_manager_that_is_late_but_not_for_ever() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        while ours.send(b"WATCHDOG=1").is_ok() {}
+        let mut service = Service {
+            socket: Some(ours),
+            ..Service::default()
+        };
+        // Nobody reads.
+        service.stopping();
+        let late = thread::spawn(move || {
+            loop {
+                match told(&theirs) {
+                    pat if pat == "WATCHDOG=1" => {}
+                    told => return told,
+                }
+            }
+        });
+        service.stopping();
+        assert_eq!(late.join().unwrap(), "STOPPING=1");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The agent as a service: what its manager hears, what a reload changes, and what it gives up.
 use std::{
-    env, fs,
+    env, fs, io,
     net::TcpStream,
     os::unix::{
         net::UnixDatagram,
@@ -66,6 +66,19 @@ impl Manager {
         let mut buffer = [0; 4096];
         let length = self.0.recv(&mut buffer).context("nothing is told")?;
         Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+    }
+
+    /// Leaves no room for another message before some are read.
+    fn fill(&self) -> Result<()> {
+        let others = UnixDatagram::unbound()?;
+        others.set_nonblocking(true)?;
+        loop {
+            match others.send_to(b"WATCHDOG=1", SOCKET) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Sends SIGHUP, and returns what the agent says once it has read its file again.
@@ -189,10 +202,22 @@ lab_test! {
         agent.wait_event("released", ip, PATIENCE)?;
         world.server.wait_gone(ip, PATIENCE)?;
 
-        agent.stop()?;
+        // A manager that reads late: what it is to know waits for it, in its order.
+        let reloads = agent.stat("agent.reloads")?;
+        manager.fill()?;
+        kill(agent.pid(), Signal::SIGHUP)?;
+        agent.until("a reload that nobody hears of", PATIENCE, |agent| {
+            Ok((agent.stat("agent.reloads")? > reloads).then_some(()))
+        })?;
+        let told = manager.hear()?;
+        ensure!(told.starts_with("RELOADING=1\n"), "{told}");
+        let told = manager.hear()?;
+        ensure!(told.starts_with("READY=1\nSTATUS="), "{told}");
+
+        kill(agent.pid(), Signal::SIGTERM)?;
         let told = manager.hear()?;
         ensure!(told == "STOPPING=1", "{told}");
-        Ok(())
+        agent.stop()
     }
 
     fn the_capabilities_of_the_unit_suffice() {
@@ -362,8 +387,8 @@ fn in_the_sandbox() {
         Ok(()) => exit(0),
         Err(error) => {
             let refused = error
-                .downcast_ref::<std::io::Error>()
-                .is_some_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied);
+                .downcast_ref::<io::Error>()
+                .is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
             eprintln!("{name}: {error:#}");
             exit(if refused { REFUSED } else { 1 });
         }

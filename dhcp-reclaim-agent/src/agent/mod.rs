@@ -318,7 +318,8 @@ impl Agent {
         for (_, bridge) in self.segments.absent() {
             warn!(bridge, "not there yet: waiting for it");
         }
-        self.service.ready(&self.status());
+        let status = self.status();
+        self.service.ready(&status);
         let mut ring_turns = 0_u32;
         loop {
             if std::mem::take(&mut self.epoch_wanted) {
@@ -394,8 +395,8 @@ impl Agent {
             self.service.alive(clock::monotonic());
         }
         info!("stopping");
-        self.service.stopping();
         self.commit();
+        self.service.stopping();
         if self.settings.detach_on_exit {
             self.kernel.unpin_all()?;
             return Ok(());
@@ -466,7 +467,8 @@ impl Agent {
                  enough come back, or `dhcp-reclaim resume`"
             );
         }
-        self.service.status(&self.status());
+        let status = self.status();
+        self.service.status(&status);
     }
 
     /// Before anything is concluded from what did or did not happen: was there a time in which

@@ -12,7 +12,8 @@ impl Agent {
             Ok(()) => {
                 self.counters.reloads += 1;
                 info!("configuration read again, and followed");
-                self.service.ready(&self.status());
+                let status = self.status();
+                self.service.ready(&status);
             }
             Err(error) => {
                 self.counters.reloads_refused += 1;
