@@ -218,18 +218,20 @@ impl Summary {
             all.failed += failed;
             all.skipped += skipped;
         }
-        if let Some(signal) = self.interrupted {
+        if self.interrupted.is_some() {
             println!("interrupted; this is not the whole");
-            println!(
-                "{} passed, {} failed, {} skipped",
-                all.passed, all.failed, all.skipped
-            );
-            return End::Interrupted(signal).code();
         }
         println!(
             "{} passed, {} failed, {} skipped",
             all.passed, all.failed, all.skipped
         );
+        if let Some(signal) = self.interrupted {
+            return End::Interrupted(signal).code();
+        }
+        if all.passed + all.failed + all.skipped == 0 {
+            eprintln!("error: no test ran: none has such a name");
+            return ExitCode::FAILURE;
+        }
         match all.failed {
             0 => ExitCode::SUCCESS,
             _ => ExitCode::FAILURE,
