@@ -167,7 +167,7 @@ impl Engine {
         let sooner: Vec<(Key, Time)> = at_rest
             .filter_map(|binding| {
                 let due = (binding.last_seen.unwrap_or(now) + silence).max(now);
-                (due < binding.due?).then_some((binding.key, due))
+                Some((binding.key, due.min(binding.due?)))
             })
             .collect();
         for (key, due) in sooner {

@@ -1,5 +1,6 @@
 //! The engine, driven by hand: each test tells what the wire shows and reads what is to be done.
 
+mod dhcp;
 mod gates;
 mod imports;
 mod operator;
@@ -1366,6 +1367,33 @@ fn two_vms_with_one_client_id_hold_each_other() {
     bench.pass(secs(10));
     assert_eq!(bench.verdict(Gate::Unique), Verdict::Hold);
     assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn one_client_id_of_one_mac_or_of_one_that_is_gone_holds_nobody() {
+    let mut bench = Bench::new(Policy::default());
+    let second = Ipv4Addr::new(10, 0, 0, 2);
+    let third = Ipv4Addr::new(10, 0, 0, 3);
+    let named = |message: Message| Message {
+        client_id: Some(vec![0, 1, 2]),
+        ..message
+    };
+    for (port, mac, ip) in [
+        (VM_PORT, VM, IP),
+        (VM_PORT, VM, second),
+        (OTHER_PORT, OTHER, third),
+    ] {
+        bench.message(named(bench.request(port, mac, ip)));
+        bench.message(bench.ack(port, mac, ip));
+    }
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Hold);
+    bench.message(Message {
+        kind: MessageType::Release,
+        ciaddr: Some(third),
+        requested_ip: None,
+        ..named(bench.request(OTHER_PORT, OTHER, third))
+    });
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Pass);
 }
 
 #[test]

@@ -148,7 +148,6 @@ impl Engine {
             server_mac: server_mac.or(known_mac),
             port: message.port,
             port_name,
-            state: State::Requested,
             shared,
             tentative_until: Some(now + TRANSACTION),
             last_seen: Some(message.seen_at),
