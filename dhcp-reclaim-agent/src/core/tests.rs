@@ -3,6 +3,7 @@
 mod dhcp;
 mod gates;
 mod imports;
+mod memory;
 mod operator;
 
 use std::{net::Ipv4Addr, time::Duration};
@@ -53,6 +54,8 @@ struct Bench {
     reads_on: bool,
     /// How many gates had spoken for the latest RELEASE when it was on its way.
     grounds: usize,
+    /// Who had ordered it.
+    ordered_by: Option<Override>,
     seen: Vec<Action>,
     /// What was to be saved, in which state; `None` is deleted.
     saves: Vec<(Key, Option<State>)>,
@@ -78,6 +81,7 @@ impl Bench {
             lease_query: Some(QueryAnswer::Silence),
             reads_on: false,
             grounds: 0,
+            ordered_by: None,
             seen: Vec::new(),
             saves: Vec::new(),
         };
@@ -134,6 +138,7 @@ impl Bench {
                 },
                 Action::Release { key, .. } => {
                     self.grounds = self.engine.grounds(key).len();
+                    self.ordered_by = self.engine.ordered_by(key).cloned();
                     Event::Released {
                         key,
                         outcome: self.outcome,

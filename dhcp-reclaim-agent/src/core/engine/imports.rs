@@ -392,13 +392,12 @@ impl Engine {
 
     fn sooner_on(&mut self, segment: SegmentId, now: Time) {
         let waiting = self.imports.waiting.iter();
-        let of_segment = waiting.filter(|(key, it)| {
-            key.segment == segment && !self.imports.open.contains_key(key) && it.searches > 0
-        });
+        let of_segment = waiting
+            .filter(|(key, _)| key.segment == segment && !self.imports.open.contains_key(key));
         let sooner: Vec<(Key, Time)> = of_segment
             .filter_map(|(key, it)| {
                 let at = (it.searched_at? + AGAIN).max(now);
-                (at < it.again_at).then_some((*key, at))
+                Some((*key, at.min(it.again_at)))
             })
             .collect();
         for (key, at) in sooner {
@@ -465,7 +464,6 @@ fn waiting_binding(import: Import, now: Time) -> Binding {
         client_id: import.client_id,
         server: import.server,
         server_mac: import.server_mac,
-        state: State::Requested,
         origin: Origin::Imported,
         expires: import.expires,
         ..Binding::new(import.key, import.chaddr, now)

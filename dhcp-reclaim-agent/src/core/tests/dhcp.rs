@@ -381,3 +381,104 @@ fn a_vm_that_speaks_dhcp_is_alive() {
     assert_eq!(bench.state(KEY), Some(State::Bound));
     assert_eq!(count(&bench, NoticeKind::Alive), 1);
 }
+
+#[test]
+fn a_port_has_so_many_questions_open_and_may_repeat_them() {
+    let mut bench = Bench::new(Policy::default());
+    let asks = |bench: &mut Bench, xid: u32| {
+        bench.message(Message {
+            xid,
+            ..bench.request(VM_PORT, VM, IP)
+        });
+        bench.engine.counters()["transactions_refused"]
+    };
+    for xid in 0..64 {
+        assert_eq!(asks(&mut bench, xid), 0);
+    }
+    assert_eq!(asks(&mut bench, 0), 0, "a repetition");
+    assert_eq!(asks(&mut bench, 64), 1);
+}
+
+/// What a server sends by the uplink, whoever it is for.
+fn offer(bench: &mut Bench, server: Ipv4Addr, source_mac: MacAddr, giaddr: Option<Ipv4Addr>) {
+    bench.message(Message {
+        port: UPLINK,
+        role: Role::Uplink,
+        direction: Direction::FromPort,
+        kind: MessageType::Offer,
+        server_id: Some(server),
+        source_mac,
+        giaddr,
+        ..bench.ack(UPLINK, MacAddr([2, 0, 0, 0, 8, 8]), OTHER_IP)
+    });
+}
+
+fn server_mac(bench: &mut Bench, server: Ipv4Addr) -> Option<MacAddr> {
+    bench.message(Message {
+        server_id: Some(server),
+        ..bench.request(VM_PORT, VM, IP)
+    });
+    let found = binding(bench).server_mac;
+    bench.message(Message {
+        kind: MessageType::Release,
+        ciaddr: Some(IP),
+        requested_ip: None,
+        ..bench.request(VM_PORT, VM, IP)
+    });
+    found
+}
+
+#[test]
+fn so_many_servers_are_known_by_what_they_send() {
+    let nth = |n: u16| {
+        let [high, low] = n.to_be_bytes();
+        (
+            Ipv4Addr::new(10, 5, high, low),
+            MacAddr([2, 5, 0, 0, high, low]),
+        )
+    };
+    let mut bench = Bench::new(Policy::default());
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    assert_eq!(server_mac(&mut bench, nth(0).0), None);
+    for n in 0..257 {
+        offer(&mut bench, nth(n).0, nth(n).1, None);
+    }
+    for (n, known) in [(0, true), (255, true), (256, false)] {
+        let (server, mac) = nth(n);
+        assert_eq!(server_mac(&mut bench, server), known.then_some(mac), "{n}");
+    }
+    // One that is known may have another MAC by now.
+    offer(&mut bench, nth(0).0, SERVER_MAC, None);
+    assert_eq!(server_mac(&mut bench, nth(0).0), Some(SERVER_MAC));
+    offer(&mut bench, nth(0).0, MacAddr::BROADCAST, None);
+    assert_eq!(server_mac(&mut bench, nth(0).0), Some(SERVER_MAC));
+}
+
+#[test]
+fn so_many_relays_are_known_by_what_they_pass_on() {
+    let relay = Ipv4Addr::new(192, 0, 2, 3);
+    let asked = |others: u16, mac: MacAddr| {
+        let mut bench = Bench::new(Policy::default());
+        bench.port(UPLINK, "eth0", Role::Uplink);
+        for n in 0..others {
+            let [high, low] = n.to_be_bytes();
+            offer(
+                &mut bench,
+                Ipv4Addr::new(10, 5, high, low),
+                SERVER_MAC,
+                Some(relay),
+            );
+        }
+        offer(&mut bench, SERVER, mac, Some(relay));
+        bench.lease(VM_PORT, VM, IP);
+        bench.pass(secs(5));
+        leaves(&mut bench);
+        bench.seen.iter().any(|action| {
+            matches!(action, Action::Control { probe } if (probe.ip, probe.mac) == (relay, mac))
+        })
+    };
+    assert!(asked(0, SERVER_MAC));
+    assert!(asked(255, SERVER_MAC));
+    assert!(!asked(256, SERVER_MAC));
+    assert!(!asked(0, MacAddr::BROADCAST));
+}

@@ -292,3 +292,210 @@ fn what_is_forced_counts_for_the_breaker() {
     assert_eq!(held(&bench), [Gate::Breaker]);
     assert_eq!(bench.releases(), 0);
 }
+
+#[test]
+fn an_earlier_agents_pause_goes_on() {
+    let mut bench = settled();
+    bench.engine.restore_pause("an upgrade".to_owned());
+    assert_eq!(bench.verdict(Gate::Paused), Verdict::Hold);
+    assert!(bench.notices().is_empty(), "it is no news");
+}
+
+fn arms(bench: &Bench, wanted: bool) -> usize {
+    let arms = bench
+        .seen
+        .iter()
+        .filter(|action| matches!(action, Action::Arm { everywhere, .. } if *everywhere == wanted));
+    arms.count()
+}
+
+/// A RELEASE needs a silence that was watched at every port; one that was is not begun anew.
+#[test]
+fn a_release_that_is_asked_for_is_watched_everywhere_once() {
+    let mut bench = settled();
+    bench.engine.ask(KEY, bench.now).unwrap();
+    bench.carry_out();
+    assert_eq!((arms(&bench, false), arms(&bench, true)), (1, 0));
+    bench.pass(secs(2));
+    ask_release(&mut bench, &[]);
+    assert_eq!((arms(&bench, false), arms(&bench, true)), (1, 1));
+
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    assert_eq!(arms(&bench, true), 1);
+    ask_release(&mut bench, &[]);
+    assert_eq!(arms(&bench, true), 1);
+}
+
+/// Three probes in a row that count are apart, however impatient a person is.
+#[test]
+fn who_cannot_wait_sends_no_probe_that_counts_before_the_last_is_answered() {
+    let wait = Policy::default().probe_wait;
+    let asked_after = |rest: Duration, closing: bool| {
+        let mut bench = settled();
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::CarrierLost,
+        });
+        if closing {
+            // The port is back, and goes again: what came by it meanwhile is not looked at yet.
+            for event in [
+                Event::PortUp(Port {
+                    ifindex: VM_PORT,
+                    name: "vm1".to_owned(),
+                    segment: SEGMENT,
+                    role: Role::Vm,
+                }),
+                Event::PortDown {
+                    port: VM_PORT,
+                    loss: PortLoss::CarrierLost,
+                },
+            ] {
+                bench.engine.handle(event, bench.now);
+            }
+        }
+        bench.now = bench.now + rest;
+        let before = bench.probes();
+        let asked = bench.engine.ask_release(KEY, force(&[]), bench.now);
+        assert_eq!(asked, Ok(()));
+        let mut sent = Vec::new();
+        while let Some(action) = bench.engine.poll_action() {
+            sent.push(action);
+        }
+        let beside = bench.engine.counters()["questions_asked"];
+        let is_probe = |action: &&Action| matches!(action, Action::Probe { .. });
+        assert_eq!(before, 1);
+        (sent.iter().filter(is_probe).count(), beside)
+    };
+    assert_eq!(asked_after(wait - Duration::from_millis(1), false), (0, 1));
+    assert_eq!(asked_after(wait, false), (1, 0));
+    assert_eq!(asked_after(wait, true), (0, 1));
+
+    // As many as are needed have left: no more of them count.
+    let mut bench = settled();
+    bench.engine.pause("an upgrade".to_owned(), bench.now);
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    while bench.probes() < 3 {
+        bench.pass(Duration::from_millis(100));
+    }
+    bench.now = bench.now + wait;
+    ask_release(&mut bench, &[]);
+    assert_eq!(bench.probes(), 3);
+    assert_eq!(bench.engine.counters()["questions_asked"], 1);
+}
+
+#[test]
+fn who_ordered_a_release_is_known_while_it_is_on_its_way() {
+    let mut bench = settled();
+    ask_release(&mut bench, &[Gate::HoldDown]);
+    assert!(bench.engine.ordered_by(KEY).is_none(), "asked, not ordered");
+    bench.pass(secs(4));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(bench.ordered_by, Some(force(&[Gate::HoldDown])));
+}
+
+/// The early look is only for who lives: what it does not see counts for nothing.
+#[test]
+fn the_first_look_after_a_question_is_no_look_of_the_watch() {
+    let mut bench = settled();
+    bench.engine.ask(KEY, bench.now).unwrap();
+    bench.carry_out();
+    let looked_at = |bench: &Bench| bench.engine.binding(KEY).unwrap().evidence.clone();
+    let before = looked_at(&bench);
+    let looks = |bench: &Bench| {
+        let is_look = |action: &&Action| matches!(action, Action::Look { .. });
+        bench.seen.iter().filter(is_look).count()
+    };
+    while looks(&bench) == 0 {
+        bench.pass(Duration::from_millis(10));
+    }
+    assert_eq!(looked_at(&bench), before);
+    bench.pass(secs(2));
+    assert_ne!(looked_at(&bench), before);
+}
+
+#[test]
+fn who_was_kept_for_long_is_asked_before_an_order_is_followed() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass_heard(secs(10));
+    bench.engine.pause("an upgrade".to_owned(), bench.now);
+    bench.carry_out();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass_heard(secs(20));
+    let probes = bench.probes();
+    while bench.probes() == probes {
+        bench.pass_heard(secs(1));
+    }
+    bench.pass_heard(secs(3));
+    let probes = bench.probes();
+    ask_release(&mut bench, &[Gate::Paused]);
+    while bench.releases() == 0 {
+        bench.pass_heard(Duration::from_millis(100));
+    }
+    assert_eq!(bench.probes(), probes + 1);
+}
+
+#[test]
+fn who_must_wait_for_a_turn_only_is_released_at_it() {
+    let mut bench = Bench::new(Policy {
+        rate: 1,
+        burst: 1,
+        ..Policy::default()
+    });
+    let second = Key {
+        ip: Ipv4Addr::new(10, 0, 0, 2),
+        ..KEY
+    };
+    bench.lease(VM_PORT, VM, IP);
+    bench.lease(OTHER_PORT, OTHER, second.ip);
+    bench.pass(secs(5));
+    let asked = bench
+        .engine
+        .ask_release(second, force(&[Gate::HoldDown]), bench.now);
+    assert_eq!(asked, Ok(()));
+    ask_release(&mut bench, &[Gate::HoldDown]);
+    bench.pass(secs(5));
+    assert_eq!(bench.releases(), 2);
+    let both = bench.seen.iter().filter_map(|action| match action {
+        Action::Answer { answer, .. } => Some(answer.clone()),
+        _ => None,
+    });
+    let sent = Answer::Released(ReleaseOutcome::Sent);
+    assert_eq!(both.collect::<Vec<_>>(), [sent.clone(), sent]);
+}
+
+#[test]
+fn each_question_has_an_answer_of_its_own() {
+    let mut bench = settled();
+    let second = Key {
+        ip: Ipv4Addr::new(10, 0, 0, 2),
+        ..KEY
+    };
+    bench.lease(OTHER_PORT, OTHER, second.ip);
+    bench.pass(secs(1));
+    for key in [KEY, second] {
+        bench.engine.ask(key, bench.now).unwrap();
+        bench.carry_out();
+        bench.pass(Duration::from_millis(300));
+    }
+    bench.pass(secs(3));
+    let answered: Vec<Key> = bench
+        .seen
+        .iter()
+        .filter_map(|action| match action {
+            Action::Answer { key, .. } => Some(*key),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(answered, [KEY, second]);
+}
