@@ -5,6 +5,9 @@ mod gates;
 mod imports;
 mod memory;
 mod operator;
+mod outcome;
+mod ports;
+mod release;
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -2551,6 +2554,31 @@ fn a_lease_that_ends_in_just_min_remaining_is_still_given_back() {
     assert_eq!(verdict(&bench, bench.now), Verdict::Pass);
     bench.now = bench.now + Duration::from_nanos(1);
     assert_eq!(verdict(&bench, bench.now), Verdict::Forget);
+}
+
+/// Who has ended is remembered for as long as under the old one.
+#[test]
+fn another_policy_looks_at_nobody_who_has_ended() {
+    let mut bench = settled();
+    bench.message(Message {
+        kind: MessageType::Release,
+        ciaddr: Some(IP),
+        requested_ip: None,
+        ..bench.request(VM_PORT, VM, IP)
+    });
+    let due = |bench: &Bench| bench.engine.binding(KEY).and_then(|it| it.due);
+    let before = due(&bench);
+    bench.engine.set_policy(Policy::default(), bench.now);
+    assert_eq!(due(&bench), before);
+    // Nor at one whose watch has its own times.
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    let before = due(&bench);
+    bench.engine.set_policy(Policy::default(), bench.now);
+    assert_eq!(due(&bench), before);
 }
 
 #[test]

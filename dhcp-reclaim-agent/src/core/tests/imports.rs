@@ -315,6 +315,12 @@ fn what_was_told_is_counted_as_what_it_is() {
         ..bench.request(VM_PORT, VM, IP)
     };
     assert_eq!(counts(|_| {}), taken(1));
+    let over = Import {
+        expires: Some(Time::ZERO + secs(1000)),
+        ..told(1, VM)
+    };
+    let over = import(&mut Bench::new(Policy::default()), vec![over]);
+    assert_eq!((over.over, over.taken), (1, 0));
     let asked = counts(|bench| bench.message(bench.request(VM_PORT, VM, IP)));
     assert_eq!(asked, known);
     let mut bench = Bench::new(Policy::default());
@@ -354,6 +360,17 @@ fn what_was_seen_before_the_search_is_no_answer_to_it() {
         )
     };
     assert!(!bench.seen.iter().any(followed), "{:?}", bench.seen);
+    // Nor where nobody counted.
+    bench.lives_at = Some(VM_PORT);
+    bench.evidence = Evidence::default();
+    bench.pass(secs(120));
+    assert!(searches(&bench) > 1);
+    assert!(!bench.seen.iter().any(followed), "{:?}", bench.seen);
+    bench.evidence = Evidence {
+        armed: true,
+        elsewhere: Some((Time::ZERO + secs(1000), VM_PORT)),
+        ..Evidence::default()
+    };
     // Nor does a stranger who had the address then contradict it.
     bench.evidence.address = bench.evidence.elsewhere.map(|(at, _)| (at, OTHER));
     bench.lives_at = None;

@@ -1,0 +1,375 @@
+//! What became of a RELEASE, and who speaks after it.
+
+use super::*;
+
+const OTHER_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 253);
+
+fn queries(bench: &Bench) -> usize {
+    let is_query = |action: &&Action| matches!(action, Action::Query { .. });
+    bench.seen.iter().filter(is_query).count()
+}
+
+fn answered(bench: &mut Bench, server: Ipv4Addr, answer: QueryAnswer) {
+    bench.tell(Event::Queried {
+        key: KEY,
+        server,
+        answer,
+    });
+}
+
+/// Whether something newer than the RELEASE was seen; `None`: nobody looks any more.
+fn closed(bench: &Bench) -> Option<bool> {
+    let vigil = bench.engine.binding(KEY).and_then(|it| it.vigil);
+    vigil.map(|vigil| vigil.closed)
+}
+
+/// Many VMs, each at a port of its own; `servers`: each has its own server, too.
+fn crowd(count: u16, servers: bool) -> Bench {
+    let mut bench = Bench::new(Policy {
+        breaker: None,
+        rate: 10_000,
+        burst: 10_000,
+        ..Policy::default()
+    });
+    lease_all(&mut bench, count, servers);
+    bench.pass(secs(5));
+    bench
+}
+
+fn nth(n: u16) -> (IfIndex, MacAddr, Ipv4Addr, Ipv4Addr) {
+    let [high, low] = n.to_be_bytes();
+    (
+        1000 + u32::from(n),
+        MacAddr([2, 0, 0, 7, high, low]),
+        Ipv4Addr::new(10, 7, high, low),
+        Ipv4Addr::new(10, 8, high, low),
+    )
+}
+
+fn lease_all(bench: &mut Bench, count: u16, servers: bool) {
+    for n in 0..count {
+        let (port, mac, ip, server) = nth(n);
+        let server_id = Some(if servers { server } else { SERVER });
+        bench.port(port, &format!("vm{n}"), Role::Vm);
+        for message in [bench.request(port, mac, ip), bench.ack(port, mac, ip)] {
+            bench.message(Message {
+                server_id,
+                ..message
+            });
+        }
+    }
+}
+
+fn all_die(bench: &mut Bench, count: u16) {
+    for n in 0..count {
+        bench.tell(Event::PortDown {
+            port: nth(n).0,
+            loss: PortLoss::Deleted,
+        });
+    }
+}
+
+#[test]
+fn so_many_are_looked_after_at_once_and_others_after_them() {
+    const ROUND: u16 = 400;
+    let mut bench = crowd(0, false);
+    for _ in 0..6 {
+        lease_all(&mut bench, ROUND, false);
+        bench.pass(secs(5));
+        all_die(&mut bench, ROUND);
+        bench.pass(secs(70));
+        bench.seen.clear();
+    }
+    let counters = bench.engine.counters();
+    assert_eq!(counters["releases_sent"], 6 * u64::from(ROUND));
+    assert_eq!(counters["vigils_refused"], 0);
+}
+
+#[test]
+fn what_was_seen_since_closes_it_and_what_was_seen_before_does_not() {
+    let mut bench = released(None);
+    let before = Time::ZERO + secs(1);
+    bench.evidence.elsewhere = Some((before, OTHER_PORT));
+    bench.evidence.own_at = Some(before);
+    bench.pass(secs(2));
+    assert_eq!(closed(&bench), Some(false));
+    bench.evidence.own_at = Some(bench.now);
+    bench.pass(secs(2));
+    assert_eq!(closed(&bench), Some(true));
+    bench.evidence.own_at = None;
+    bench.pass(secs(2));
+    assert_eq!(closed(&bench), Some(true));
+}
+
+#[test]
+fn whoever_else_has_the_address_is_no_alarm() {
+    let mut bench = released(None);
+    bench.evidence.address = Some((bench.now, OTHER));
+    bench.pass(secs(2));
+    assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 0);
+    assert_eq!(closed(&bench), None);
+}
+
+fn alarm(segment: u32, mac: MacAddr, port: IfIndex, port_name: &str) -> SavedAlarm {
+    SavedAlarm {
+        id: AlarmId { segment, mac },
+        port,
+        port_name: port_name.to_owned(),
+    }
+}
+
+#[test]
+fn an_alarm_holds_its_mac_and_its_port_and_nobody_else() {
+    let held = |alarm: SavedAlarm| {
+        let mut bench = settled();
+        bench.engine.restore_alarms(vec![alarm]);
+        bench.verdict(Gate::Confirmed) == Verdict::Hold
+    };
+    assert!(held(alarm(SEGMENT, VM, OTHER_PORT, "vm2")), "its MAC");
+    assert!(held(alarm(SEGMENT, OTHER, VM_PORT, "vm1")), "its port");
+    assert!(!held(alarm(SEGMENT, OTHER, OTHER_PORT, "vm2")));
+    assert!(!held(alarm(2, VM, OTHER_PORT, "vm2")));
+    // Two whose ports are not known have no port in common.
+    let mut bench = settled();
+    bench
+        .engine
+        .restore_alarms(vec![alarm(SEGMENT, OTHER, 99, "gone")]);
+    let next = after_restart(&bench, &[(OTHER_PORT, "vm2")]);
+    assert_eq!(next.engine.binding(KEY).map(|it| it.port), Some(0));
+    let mut with_alarm = next.engine.clone();
+    with_alarm.restore_alarms(vec![alarm(SEGMENT, OTHER, 99, "gone")]);
+    assert_eq!(
+        with_alarm.explain(KEY, next.now),
+        next.engine.explain(KEY, next.now)
+    );
+}
+
+#[test]
+fn so_many_alarms_are_kept_and_one_that_is_may_come_again() {
+    let mut bench = Bench::new(Policy::default());
+    let of = |n: u16| {
+        let (_, mac, ..) = nth(n);
+        alarm(SEGMENT, mac, VM_PORT, "vm1")
+    };
+    let refused = |bench: &Bench| bench.engine.counters()["alarms_refused"];
+    bench.engine.restore_alarms((0..4096).map(of).collect());
+    bench.engine.restore_alarms(vec![of(0)]);
+    assert_eq!(refused(&bench), 0);
+    bench.engine.restore_alarms(vec![of(4096)]);
+    assert_eq!(refused(&bench), 1);
+    assert_eq!(bench.engine.saved_alarm(of(4096).id), None);
+}
+
+#[test]
+fn who_boots_anew_is_not_looked_after_and_who_only_speaks_of_it_closes_it() {
+    let says = |change: fn(Message) -> Message| {
+        let mut bench = released(None);
+        let discover = Message {
+            kind: MessageType::Discover,
+            requested_ip: None,
+            server_id: None,
+            ..bench.request(OTHER_PORT, VM, IP)
+        };
+        bench.message(change(discover));
+        assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 0);
+        closed(&bench)
+    };
+    assert_eq!(says(|its_own| its_own), None);
+    let impostor = says(|its_own| Message {
+        source_mac: OTHER,
+        ..its_own
+    });
+    assert_eq!(impostor, Some(true));
+    let another = says(|its_own| Message {
+        chaddr: OTHER,
+        source_mac: OTHER,
+        requested_ip: Some(IP),
+        ..its_own
+    });
+    assert_eq!(another, Some(true));
+    let of_another_address = says(|its_own| Message {
+        kind: MessageType::Inform,
+        ciaddr: Some(Ipv4Addr::new(10, 0, 0, 9)),
+        ..its_own
+    });
+    assert_eq!(of_another_address, Some(true));
+}
+
+#[test]
+fn who_asks_next_stands_for_the_release_that_nobody_knows_of() {
+    for (answer, after) in [
+        (None, Some(VM)),
+        (Some(QueryAnswer::Active(Some(OTHER))), None),
+        (Some(QueryAnswer::Unassigned), None),
+    ] {
+        let mut bench = released(answer);
+        bench.pass(secs(2));
+        bench.message(bench.request(OTHER_PORT, OTHER, IP));
+        let asked = bench.engine.binding(KEY).map(|it| (it.chaddr, it.after));
+        assert_eq!(asked, Some((OTHER, after)), "{answer:?}");
+    }
+    // And one that was never released stands for nothing.
+    let mut bench = settled();
+    bench.message(Message {
+        kind: MessageType::Release,
+        ciaddr: Some(IP),
+        requested_ip: None,
+        ..bench.request(VM_PORT, VM, IP)
+    });
+    bench.message(bench.request(OTHER_PORT, OTHER, IP));
+    assert_eq!(bench.engine.binding(KEY).map(|it| it.after), Some(None));
+}
+
+/// An ACK to somebody beyond the uplink: it tells of the RELEASE, if one was sent.
+#[test]
+fn a_lease_to_another_verifies_what_was_sent_and_nothing_else() {
+    for (sent, mac, verified) in [
+        (ReleaseOutcome::Sent, OTHER, 1),
+        (ReleaseOutcome::Sent, VM, 0),
+        (ReleaseOutcome::DryRun, OTHER, 0),
+    ] {
+        let mut bench = settled();
+        bench.lease_query = None;
+        bench.outcome = sent;
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(secs(5));
+        assert_eq!(bench.state(KEY), Some(State::Released));
+        bench.port(UPLINK, "eth0", Role::Uplink);
+        bench.message(Message {
+            port: UPLINK,
+            role: Role::Uplink,
+            direction: Direction::FromPort,
+            ..bench.ack(UPLINK, mac, IP)
+        });
+        assert_eq!(
+            count(&bench, NoticeKind::Verified),
+            verified,
+            "{sent:?} {mac}"
+        );
+        assert_eq!(closed(&bench), None);
+    }
+}
+
+#[test]
+fn an_answer_counts_from_the_server_that_was_asked_and_for_what_was_released() {
+    let mut bench = released(None);
+    answered(&mut bench, OTHER_SERVER, QueryAnswer::Unassigned);
+    assert_eq!(outcome(&bench), Some(Outcome::Unverified));
+    answered(&mut bench, SERVER, QueryAnswer::Active(Some(OTHER)));
+    assert_eq!(outcome(&bench), Some(Outcome::Verified));
+    let mut bench = settled();
+    answered(&mut bench, SERVER, QueryAnswer::Unassigned);
+    assert_eq!(outcome(&bench), None);
+}
+
+#[test]
+fn a_server_that_nobody_knows_is_asked_one_question_at_a_time() {
+    let mut bench = crowd(3, false);
+    bench.lease_query = None;
+    all_die(&mut bench, 3);
+    bench.pass(secs(10));
+    assert_eq!(bench.releases(), 3);
+    assert_eq!(queries(&bench), 1);
+    // It answers: the others are asked too, and nobody waits for the one before.
+    let (.., ip, _) = nth(0);
+    bench.tell(Event::Queried {
+        key: Key { ip, ..KEY },
+        server: SERVER,
+        answer: QueryAnswer::Unassigned,
+    });
+    bench.pass(secs(2));
+    assert_eq!(queries(&bench), 3);
+}
+
+/// Two questions are lost, and the second finds that the server is being left alone already.
+#[test]
+fn who_is_busy_for_a_moment_is_asked_again_for_each() {
+    let mut bench = crowd(3, false);
+    bench.lease_query = None;
+    all_die(&mut bench, 3);
+    bench.pass(secs(10));
+    let says = |bench: &mut Bench, n: u16, answer| {
+        let (.., ip, _) = nth(n);
+        bench.tell(Event::Queried {
+            key: Key { ip, ..KEY },
+            server: SERVER,
+            answer,
+        });
+    };
+    says(&mut bench, 0, QueryAnswer::Unassigned);
+    bench.pass(secs(2));
+    for n in [1, 2] {
+        says(&mut bench, n, QueryAnswer::Silence);
+    }
+    bench.lease_query = Some(QueryAnswer::Unassigned);
+    bench.pass(secs(7));
+    assert_eq!(bench.engine.counters()["releases_verified"], 3);
+}
+
+#[test]
+fn so_many_servers_are_asked_at_once() {
+    let mut bench = crowd(65, true);
+    bench.lease_query = None;
+    all_die(&mut bench, 65);
+    bench.pass(secs(30));
+    assert_eq!(bench.releases(), 65);
+    assert_eq!(queries(&bench), 64);
+}
+
+/// One that does not answer is left alone for an hour, and not for a moment longer.
+#[test]
+fn the_silent_are_left_alone_for_an_hour_and_forgotten_after_it() {
+    let look = |silent: &dyn Fn(&mut Bench), after: Duration| {
+        let mut bench = released(None);
+        silent(&mut bench);
+        let at = bench.now + after;
+        let evidence = Event::Evidence {
+            key: KEY,
+            evidence: bench.evidence,
+        };
+        bench.engine.handle(evidence, at);
+        bench.carry_out();
+        queries(&bench)
+    };
+    let all_others = |bench: &mut Bench| {
+        for n in 0..64 {
+            answered(bench, nth(n).3, QueryAnswer::Silence);
+        }
+    };
+    let itself = |bench: &mut Bench| answered(bench, SERVER, QueryAnswer::Silence);
+    let hour = secs(3600);
+    let moment = Duration::from_nanos(1);
+    for (after, asked) in [(hour - moment, 0), (hour, 1)] {
+        assert_eq!(look(&all_others, after), asked, "{after:?}");
+        assert_eq!(look(&itself, after), asked, "{after:?}");
+    }
+    assert_eq!(look(&|_| {}, moment), 1);
+}
+
+#[test]
+fn no_answer_makes_a_second_release_where_nobody_looks() {
+    let mut bench = released(None);
+    bench.evidence.armed = false;
+    bench.pass(secs(2));
+    answered(&mut bench, SERVER, QueryAnswer::Active(Some(VM)));
+    assert_eq!(count(&bench, NoticeKind::Held), 1);
+    assert_eq!(bench.releases(), 1);
+}
+
+/// A port came: whoever was released is asked behind it, once in the time that an answer takes.
+#[test]
+fn before_a_repetition_each_question_has_its_time() {
+    let mut bench = released(None);
+    bench.pass(secs(2));
+    bench.port(13, "late", Role::Vm);
+    let probes = bench.probes();
+    for (after, asked) in [(0, 1), (1, 1), (998, 1)] {
+        bench.now = bench.now + Duration::from_millis(after);
+        answered(&mut bench, SERVER, QueryAnswer::Active(Some(VM)));
+        assert_eq!(bench.probes(), probes + asked, "{after}");
+    }
+    assert_eq!(bench.releases(), 1);
+}
