@@ -8,6 +8,7 @@ mod operator;
 mod outcome;
 mod ports;
 mod release;
+mod watch;
 
 use std::{net::Ipv4Addr, time::Duration};
 

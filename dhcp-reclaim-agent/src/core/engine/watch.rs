@@ -61,21 +61,13 @@ impl Engine {
         if !self.bindings.contains_key(&key) && self.import_seen(key, evidence, now) {
             return;
         }
-        if self
-            .bindings
-            .get(&key)
-            .is_some_and(|binding| binding.vigil.is_some() && !binding.is_live())
-        {
+        let Some(binding) = self.bindings.get_mut(&key) else {
+            return;
+        };
+        if !binding.is_live() {
             self.looked_after(key, evidence, now);
             return;
         }
-        let Some(binding) = self
-            .bindings
-            .get_mut(&key)
-            .filter(|binding| binding.is_live())
-        else {
-            return;
-        };
         binding.evidence = Some(Box::new((now, evidence)));
         match binding.check {
             Check::Idle => {}
@@ -673,8 +665,9 @@ impl Engine {
         let is_idle = binding.is_live() && binding.check == Check::Idle;
         let seen_at = binding.last_seen.unwrap_or(Time::ZERO);
         let is_long_ago = now.since(seen_at) >= self.policy.probe_interval;
-        if is_idle && is_long_ago && binding.due.is_none_or(|due| due > soon) {
-            self.schedule(key, soon);
+        if is_idle && is_long_ago {
+            let due = binding.due.map_or(soon, |due| due.min(soon));
+            self.schedule(key, due);
         }
     }
 
@@ -705,8 +698,7 @@ impl Engine {
             let silence = silence - early(key, seen, silence / 2);
             let due = (seen + silence).max(now + Duration::from_millis(1));
             // Those that are due at nearly the same time are looked at in one go.
-            let late = due.as_nanos() % TOGETHER;
-            due + Duration::from_nanos((TOGETHER - late) % TOGETHER)
+            Time::from_nanos(due.as_nanos().next_multiple_of(TOGETHER))
         };
         let end = binding
             .expires

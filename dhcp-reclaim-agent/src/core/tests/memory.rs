@@ -6,7 +6,7 @@ use crate::core::{
     binding::{Doubt, Origin},
 };
 
-fn saved(state: State) -> Saved {
+pub(super) fn saved(state: State) -> Saved {
     let at = |n| Time::ZERO + secs(n);
     Saved {
         key: KEY,
@@ -159,4 +159,20 @@ fn what_is_to_be_kept_is_said_when_it_changes() {
     assert_eq!(said(&mut bench, request), 1, "it is open");
     let ack = bench.ack(VM_PORT, VM, IP);
     assert_eq!(said(&mut bench, ack), 1, "it is closed");
+}
+
+#[test]
+fn an_alarm_that_is_taken_over_is_kept_on() {
+    let mut bench = Bench::new(Policy::default());
+    let id = AlarmId {
+        segment: SEGMENT,
+        mac: VM,
+    };
+    bench.engine.restore_alarms(vec![SavedAlarm {
+        id,
+        port: VM_PORT,
+        port_name: "vm1".to_owned(),
+    }]);
+    let said = bench.engine.poll_action();
+    assert_eq!(said, Some(Action::SaveAlarm { id }));
 }

@@ -140,5 +140,8 @@ fn why_it_is_taken_for_dead_is_told() {
     let gone = bench.seen.iter().filter_map(notice);
     let gone: Vec<_> = gone.filter(|it| it.event == NoticeKind::Gone).collect();
     assert_eq!(gone.len(), 1);
-    assert_eq!(gone[0].reason, "3 probes unanswered, not a frame for 2.000s");
+    assert_eq!(
+        gone[0].reason,
+        "3 probes unanswered, not a frame for 2.000s"
+    );
 }
