@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
     agent::{Answer, Hook, STATE, Setup, binary},
+    boot::kernel::unlimit_locked_memory,
     fixture::{BRIDGE, vm_mac},
     lab_test,
     node::Node,
@@ -229,6 +230,7 @@ lab_test! {
         const TCX: (u32, u32) = (3, 46);
         const GENERIC: u32 = 1 << 1;
         const BEFORE: u32 = 1 << 3;
+        unlimit_locked_memory()?;
         let (program, link) = foreign(XDP.0, XDP.1, GENERIC, 2)?;
         let found = amiss(&doctor(HERE)?, "port", "warn")?;
         ensure!(found.text.contains("vm1 has an XDP program"), "{found:?}");

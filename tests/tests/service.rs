@@ -20,7 +20,7 @@ use dhcp_reclaim_agent::{
 };
 use dhcp_reclaim_tests::{
     agent::{Agent, Hook, STATE, binary},
-    boot::kernel::running,
+    boot::kernel::{running, unlimit_locked_memory},
     fixture::SERVER_IP,
     lab_test,
     sandbox::{BPFFS, DIR, find, run},
@@ -33,7 +33,6 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::{
         ptrace,
-        resource::{RLIM_INFINITY, Resource, setrlimit},
         signal::{Signal, kill},
         socket::{AddressFamily, SockFlag, SockType, socket},
     },
@@ -229,10 +228,8 @@ lab_test! {
             .map(|name| name.trim_start_matches("CAP_").to_lowercase())
             .collect();
         ensure!(named.len() == 5, "{named:?}");
-        if running()? < (5, 11) {
-            // The unit's LimitMEMLOCK=: maps count as locked memory there.
-            setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
-        }
+        // The unit's LimitMEMLOCK=.
+        unlimit_locked_memory()?;
         let world = World::new(ServerKind::Dnsmasq, Place::Local, 2)?;
         let agent = world.agent(Hook::Tc).quick().capabilities(&named).start()?;
         let bounding = u64::from_str_radix(&status(agent.pid(), "CapBnd")?, 16)?;

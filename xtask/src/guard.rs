@@ -7,6 +7,7 @@ use std::{
         unix::process::{CommandExt as _, ExitStatusExt as _},
     },
     process::{Child, Command, ExitCode, ExitStatus, Stdio},
+    sync::OnceLock,
     time::Duration,
 };
 
@@ -27,7 +28,10 @@ use nix::{
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Signals that ask us to end, as something that can be polled.
-pub struct Signals(SignalFd);
+pub struct Signals {
+    fd: SignalFd,
+    first: OnceLock<i32>,
+}
 
 impl Signals {
     /// From now on SIGINT, SIGTERM and SIGHUP are only reported here.
@@ -36,19 +40,26 @@ impl Signals {
         set.thread_block().context("cannot block signals")?;
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .context("cannot catch signals")?;
-        Ok(Self(fd))
+        let first = OnceLock::new();
+        Ok(Self { fd, first })
     }
 
-    /// The number of the signal that came, if one did.
+    /// The number of the first signal that came, if one did: for everybody who waits.
     pub fn caught(&self) -> Option<i32> {
-        let info = self.0.read_signal().ok()??;
-        i32::try_from(info.ssi_signo).ok()
+        if self.first.get().is_none() {
+            let info = self.fd.read_signal().ok().flatten();
+            let number = info.and_then(|info| i32::try_from(info.ssi_signo).ok());
+            if let Some(number) = number {
+                return Some(*self.first.get_or_init(|| number));
+            }
+        }
+        self.first.get().copied()
     }
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 

@@ -202,6 +202,11 @@ impl Summary {
         Ok(())
     }
 
+    pub fn add(&mut self, other: Self) {
+        self.suites.extend(other.suites);
+        self.interrupted = self.interrupted.or(other.interrupted);
+    }
+
     pub fn end(&self) -> ExitCode {
         println!("\n== summary");
         let mut all = Count::default();

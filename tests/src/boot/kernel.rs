@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 use crate::sandbox::run;
 
@@ -159,6 +160,14 @@ impl Kernel {
 pub fn running() -> Result<(u32, u32)> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     version(&release).with_context(|| format!("cannot read the kernel's version {release:?}"))
+}
+
+/// Before Linux 5.11 programs and maps count as their user's locked memory, all processes' together.
+pub fn unlimit_locked_memory() -> Result<()> {
+    if running()? < (5, 11) {
+        setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
+    }
+    Ok(())
 }
 
 /// Debian's have tcx as soon as Linux has it; others are watched by clsact.

@@ -2,10 +2,14 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::{BufRead as _, BufReader, stdout},
+    io::{self, BufRead as _, BufReader, Write, stdout},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    thread,
     time::Duration,
 };
 
@@ -43,8 +47,11 @@ pub struct Args {
     /// Only fetch the kernels, and newer ones where there are
     #[arg(long)]
     fetch: bool,
+    /// How many machines at once: with two, a suite's output comes when it has ended
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    jobs: usize,
     /// Only what `cargo xtask test` runs of all this: two kernels, a few tests
-    #[arg(long, conflicts_with_all = ["kernel", "filter", "fetch", "kvm"])]
+    #[arg(long, conflicts_with_all = ["kernel", "filter", "fetch", "kvm", "jobs"])]
     small: bool,
     /// Only the tests whose names contain one of these
     filter: Vec<String>,
@@ -104,9 +111,7 @@ pub fn main(args: &Args) -> Result<ExitCode> {
         return Ok(summary.end());
     }
     let matrix = Matrix::new(&agent, &suites, accel)?;
-    for kernel in &kernels {
-        matrix.run(kernel, |_| Some(&args.filter[..]), &mut summary, &signals)?;
-    }
+    matrix.run_all(&kernels, args, &mut summary, &signals)?;
     Ok(summary.end())
 }
 
@@ -145,7 +150,7 @@ pub fn small(
     let matrix = Matrix::new(agent, suites, Accel::Tcg)?;
     for version in SMALL {
         let kernel = fetch(version, false)?;
-        matrix.run(&kernel, tests, summary, signals)?;
+        matrix.run(&kernel, tests, summary, signals, &mut stdout())?;
     }
     Ok(())
 }
@@ -224,6 +229,49 @@ impl Matrix {
         })
     }
 
+    /// Everything that the arguments ask for, under each of the kernels.
+    fn run_all(
+        &self,
+        kernels: &[Kernel],
+        args: &Args,
+        summary: &mut Summary,
+        signals: &Signals,
+    ) -> Result<()> {
+        let wanted = |_: &str| Some(&args.filter[..]);
+        if args.jobs < 2 {
+            for kernel in kernels {
+                self.run(kernel, wanted, summary, signals, &mut stdout())?;
+            }
+            return Ok(());
+        }
+        let waiting = Mutex::new(kernels.iter());
+        let ended = Mutex::new(summary);
+        thread::scope(|scope| {
+            let machine = || -> Result<()> {
+                loop {
+                    let kernel = lock(&waiting).next();
+                    let Some(kernel) = kernel else {
+                        return Ok(());
+                    };
+                    let mut summary = Summary {
+                        interrupted: lock(&ended).interrupted,
+                        ..Summary::default()
+                    };
+                    let mut out = WholeSuites::default();
+                    let ran = self.run(kernel, wanted, &mut summary, signals, &mut out);
+                    lock(&ended).add(summary);
+                    ran?;
+                }
+            };
+            let machines: Vec<_> = (0..args.jobs).map(|_| scope.spawn(machine)).collect();
+            let mut ends = machines.into_iter().map(|machine| match machine.join() {
+                Ok(end) => end,
+                Err(_) => bail!("a machine's thread panicked"),
+            });
+            ends.try_for_each(|end| end)
+        })
+    }
+
     /// Runs the suites that `wanted` names, with what it says of their tests, under `kernel`.
     pub fn run<'a, S: AsRef<str> + 'a>(
         &self,
@@ -231,6 +279,7 @@ impl Matrix {
         wanted: impl Fn(&str) -> Option<&'a [S]>,
         summary: &mut Summary,
         signals: &Signals,
+        out: &mut impl Write,
     ) -> Result<()> {
         if summary.interrupted.is_some() {
             return Ok(());
@@ -269,17 +318,18 @@ impl Matrix {
                         count.failed = count.failed.max(1);
                     }
                     summary.suites.push((row(kernel, &name), count));
+                    let _gone = out.flush();
                 }
             }
             Said::Line(line) => {
                 if let Some((name, output)) = &mut suite {
                     // Of suites without a test that is wanted nothing is said.
                     if line.starts_with("running ") && line != "running 0 tests" {
-                        titles.insert(name.clone()).then(|| {
-                            println!("== {} {name}", kernel.release);
-                        });
+                        titles
+                            .insert(name.clone())
+                            .then(|| writeln!(out, "== {} {name}", kernel.release));
                     }
-                    output.line(&line, &mut stdout());
+                    output.line(&line, out);
                 }
             }
             Said::Word(_) => {}
@@ -288,7 +338,8 @@ impl Matrix {
             Ok(None) => {}
             Ok(Some(signal)) => summary.interrupted = Some(signal),
             Err(error) => {
-                println!("FAILED: {}: {error:#}", kernel.release);
+                let _gone = writeln!(out, "FAILED: {}: {error:#}", kernel.release);
+                let _gone = out.flush();
                 let name = suite.map_or_else(|| "boot".to_owned(), |(name, _)| name);
                 let failed = Count {
                     failed: 1,
@@ -299,6 +350,27 @@ impl Matrix {
         }
         Ok(())
     }
+}
+
+/// Where several machines speak: what each says of a suite comes in one piece.
+#[derive(Default)]
+struct WholeSuites(Vec<u8>);
+
+impl Write for WholeSuites {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let mut stdout = stdout().lock();
+        stdout.write_all(&std::mem::take(&mut self.0))?;
+        stdout.flush()
+    }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn row(kernel: &Kernel, suite: &str) -> String {
@@ -341,7 +413,7 @@ impl Booted {
             .map(Into::into)
             .to_vec(),
         };
-        let (reader, writer) = std::io::pipe()?;
+        let (reader, writer) = io::pipe()?;
         let errors = File::create(dir.join(ERRORS))?;
         let mut command = machine.command();
         command.stdin(Stdio::null()).stdout(writer).stderr(errors);
@@ -350,7 +422,7 @@ impl Booted {
         drop(command);
         let (sender, lines) = channel();
         // It ends with the pipe, or with whoever listens.
-        std::thread::spawn(move || {
+        thread::spawn(move || {
             for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
                 let line = String::from_utf8_lossy(&line).into_owned();
                 if sender.send(line).is_err() {
