@@ -309,6 +309,36 @@ fn who_is_busy_for_a_moment_is_asked_again_for_each() {
     assert_eq!(bench.engine.counters()["releases_verified"], 3);
 }
 
+/// However many there are, one that is known to answer is asked.
+#[test]
+fn one_that_answers_is_asked_for_each_where_no_other_is_asked() {
+    let mut bench = crowd(64, true);
+    let (.., first) = nth(0);
+    for n in [64, 65] {
+        let (port, mac, ip, _) = nth(n);
+        bench.port(port, "late", Role::Vm);
+        for message in [bench.request(port, mac, ip), bench.ack(port, mac, ip)] {
+            bench.message(Message {
+                server_id: Some(first),
+                ..message
+            });
+        }
+    }
+    bench.pass(secs(5));
+    bench.lease_query = None;
+    all_die(&mut bench, 66);
+    bench.pass(secs(20));
+    assert_eq!((bench.releases(), queries(&bench)), (66, 64));
+    let (.., ip, _) = nth(0);
+    bench.tell(Event::Queried {
+        key: Key { ip, ..KEY },
+        server: first,
+        answer: QueryAnswer::Unassigned,
+    });
+    bench.pass(secs(2));
+    assert_eq!(queries(&bench), 66);
+}
+
 #[test]
 fn so_many_servers_are_asked_at_once() {
     let mut bench = crowd(65, true);
@@ -366,7 +396,7 @@ fn before_a_repetition_each_question_has_its_time() {
     bench.pass(secs(2));
     bench.port(13, "late", Role::Vm);
     let probes = bench.probes();
-    for (after, asked) in [(0, 1), (1, 1), (998, 1)] {
+    for (after, asked) in [(0, 1), (1, 1), (998, 1), (1, 2)] {
         bench.now = bench.now + Duration::from_millis(after);
         answered(&mut bench, SERVER, QueryAnswer::Active(Some(VM)));
         assert_eq!(bench.probes(), probes + asked, "{after}");
