@@ -482,3 +482,529 @@ fn so_many_relays_are_known_by_what_they_pass_on() {
     assert!(!asked(256, SERVER_MAC));
     assert!(!asked(0, MacAddr::BROADCAST));
 }
+
+#[test]
+fn a_request_and_its_ack_make_a_binding() {
+    let mut bench = Bench::new(Policy::default());
+    bench.seen.clear();
+    bench.message(bench.request(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(bench.notices(), [NoticeKind::Requested, NoticeKind::Bound]);
+    let binding = bench.engine.bindings().next().expect("one binding");
+    assert_eq!(binding.server, Some(SERVER));
+    assert_eq!(binding.server_mac, Some(SERVER_MAC));
+    assert_eq!(binding.expires, Some(bench.now + secs(3600)));
+}
+
+#[test]
+fn an_ack_that_nobody_asked_for_makes_nothing() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), None);
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        xid: 8,
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    bench.message(bench.ack(OTHER_PORT, VM, IP));
+    bench.message(Message {
+        vlan: 5,
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+    bench.pass(secs(121));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Expired));
+}
+
+#[test]
+fn no_server_is_believed_behind_a_port_that_nobody_named() {
+    let mut bench = Bench::new(Policy::default());
+    bench.port(13, "spare1", Role::Aside);
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        port: 13,
+        role: Role::Aside,
+        direction: Direction::FromPort,
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    assert!(bench.notices().contains(&NoticeKind::RogueServer));
+    // The kernel half makes no record of that frame on its way to the VM; should one come, no more
+    // is believed.
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+}
+
+#[test]
+fn a_claim_that_the_server_refuses_is_none() {
+    let nak = |bench: &Bench, mac: MacAddr| Message {
+        kind: MessageType::Nak,
+        yiaddr: None,
+        lease_secs: None,
+        ..bench.ack(OTHER_PORT, mac, IP)
+    };
+    let mut bench = settled();
+    // Two clients that boot at once are offered the same address.
+    bench.message(bench.request(OTHER_PORT, OTHER, IP));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.message(nak(&bench, OTHER));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+    // In its own name somebody else may have asked, or itself from another place.
+    bench.message(bench.request(OTHER_PORT, VM, IP));
+    bench.message(nak(&bench, VM));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+}
+
+#[test]
+fn what_the_guest_ends_itself_is_never_released() {
+    for (kind, state) in [
+        (MessageType::Release, State::Withdrawn),
+        (MessageType::Decline, State::Refused),
+    ] {
+        let mut bench = settled();
+        bench.message(Message {
+            kind,
+            ciaddr: Some(IP),
+            ..bench.request(VM_PORT, VM, IP)
+        });
+        assert_eq!(bench.state(KEY), Some(state));
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(secs(60));
+        assert_eq!(bench.releases(), 0);
+    }
+}
+
+#[test]
+fn a_nak_ends_it() {
+    let mut bench = settled();
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        kind: MessageType::Nak,
+        yiaddr: None,
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    assert_eq!(bench.state(KEY), Some(State::Refused));
+}
+
+#[test]
+fn a_neighbour_cannot_end_or_take_it() {
+    let mut bench = settled();
+    for kind in [
+        MessageType::Release,
+        MessageType::Decline,
+        MessageType::Request,
+    ] {
+        // In its own name, and in the victim's.
+        bench.message(Message {
+            kind,
+            ciaddr: Some(IP),
+            ..bench.request(OTHER_PORT, OTHER, IP)
+        });
+        bench.message(Message {
+            kind,
+            ciaddr: Some(IP),
+            ..bench.request(OTHER_PORT, VM, IP)
+        });
+        bench.message(Message {
+            kind,
+            ciaddr: Some(IP),
+            source_mac: OTHER,
+            ..bench.request(OTHER_PORT, VM, IP)
+        });
+    }
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(
+        bench.engine.bindings().next().map(|binding| binding.port),
+        Some(VM_PORT)
+    );
+    assert!(bench.notices().contains(&NoticeKind::Conflict));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.vm_talks = true;
+    bench.pass(secs(60));
+    assert_eq!(
+        bench.verdict(Gate::Confirmed),
+        Verdict::Pass,
+        "its own word settles it"
+    );
+}
+
+#[test]
+fn an_answer_that_a_vm_gave_is_not_believed() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    let forged = Message {
+        source_mac: OTHER,
+        ..bench.ack(VM_PORT, VM, IP)
+    };
+    // The same frame: in by the attacker's port, out by the victim's.
+    bench.message(Message {
+        port: OTHER_PORT,
+        direction: Direction::FromPort,
+        ..forged.clone()
+    });
+    bench.message(forged);
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+    assert!(bench.notices().contains(&NoticeKind::RogueServer));
+}
+
+#[test]
+fn an_ambiguous_message_holds() {
+    let mut bench = settled();
+    bench.message(Message {
+        ambiguous: true,
+        ..bench.request(VM_PORT, VM, IP)
+    });
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 0);
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    assert!(bench.notices().contains(&NoticeKind::Held));
+}
+
+#[test]
+fn an_ack_older_than_the_loss_does_not_end_the_doubt() {
+    let mut bench = settled();
+    let (request, ack) = (bench.request(VM_PORT, VM, IP), bench.ack(VM_PORT, VM, IP));
+    bench.pass(secs(1));
+    bench.tell(Event::RecordsLost {
+        port: VM_PORT,
+        count: 1,
+    });
+    // They were in the ring before what was lost.
+    bench.message(request);
+    bench.message(ack);
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.pass(secs(1));
+    bench.lease(VM_PORT, VM, IP);
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+}
+
+#[test]
+fn a_lease_that_ran_out_in_doubt_is_not_a_neighbours() {
+    let mut bench = settled();
+    bench.tell(Event::RecordsLost {
+        port: VM_PORT,
+        count: 1,
+    });
+    bench.vm_talks = false;
+    bench.pass(secs(3600));
+    assert_eq!(bench.state(KEY), Some(State::Expired));
+    // Its renewal may be what was lost, so a neighbour in its MAC's name binds nothing.
+    bench.lease(OTHER_PORT, VM, IP);
+    assert_eq!(bench.state(KEY), Some(State::Expired));
+    bench.tell(Event::PortDown {
+        port: OTHER_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(600));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn an_infinite_lease_never_ends() {
+    let mut bench = Bench::new(Policy::default());
+    bench.vm_talks = true;
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        lease_secs: Some(u32::MAX),
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    bench.pass(secs(100_000));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+}
+
+#[test]
+fn an_answer_that_takes_its_time_is_an_answer() {
+    let mut bench = Bench::new(Policy::default());
+    bench.lease(OTHER_PORT, OTHER, Ipv4Addr::new(10, 0, 0, 2));
+    bench.message(bench.request(VM_PORT, VM, IP));
+    // Long enough for everything else that is due, and shorter than a transaction.
+    bench.pass(secs(100));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    // And one that takes too long is none.
+    let ip = Ipv4Addr::new(10, 0, 0, 3);
+    bench.message(bench.request(VM_PORT, VM, ip));
+    bench.pass(secs(121));
+    bench.message(bench.ack(VM_PORT, VM, ip));
+    assert_ne!(bench.state(Key { ip, ..KEY }), Some(State::Bound));
+}
+
+#[test]
+fn by_request_alone_an_address_must_be_seen_alive() {
+    let policy = Policy {
+        commit: Commit::Request,
+        ..Policy::default()
+    };
+    for talks in [false, true] {
+        let mut bench = Bench::new(policy.clone());
+        bench.message(bench.request(VM_PORT, VM, IP));
+        bench.vm_talks = talks;
+        bench.pass(secs(10));
+        let state = if talks {
+            State::Bound
+        } else {
+            State::Requested
+        };
+        assert_eq!(bench.state(KEY), Some(state));
+        bench.vm_talks = false;
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(secs(60));
+        assert_eq!(bench.releases(), usize::from(talks));
+    }
+}
+
+#[test]
+fn bindings_and_transactions_of_one_port_are_bounded() {
+    let mut bench = Bench::new(Policy {
+        bindings_per_port: 16,
+        ..Policy::default()
+    });
+    for n in 0..1000_u32 {
+        let [_, _, high, low] = n.to_be_bytes();
+        let mac = MacAddr([2, 0, 0, 9, high, low]);
+        let ip = Ipv4Addr::new(10, 9, high, low);
+        bench.message(Message {
+            xid: n,
+            ..bench.request(VM_PORT, mac, ip)
+        });
+        bench.message(Message {
+            xid: n,
+            ..bench.ack(VM_PORT, mac, ip)
+        });
+    }
+    assert_eq!(bench.engine.bindings().count(), 16);
+    assert!(bench.engine.counters()["bindings_refused"] > 0);
+}
+
+#[test]
+fn a_lease_in_its_macs_name_at_another_port_moves_nothing() {
+    let mut bench = settled();
+    bench.message(bench.request(OTHER_PORT, VM, IP));
+    bench.message(bench.ack(OTHER_PORT, VM, IP));
+    let binding = bench.engine.bindings().next().expect("the binding stays");
+    assert_eq!((binding.port, binding.state), (VM_PORT, State::Bound));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    // The attacker dies, and later the silent owner: neither is released.
+    bench.tell(Event::PortDown {
+        port: OTHER_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(600));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn a_lease_to_its_mac_at_another_port_is_settled_by_an_ack_and_not_by_frames() {
+    let mut bench = settled();
+    bench.lease(OTHER_PORT, VM, IP);
+    bench.vm_talks = true;
+    bench.pass(secs(120));
+    bench.tell(Event::RecordsLost {
+        port: VM_PORT,
+        count: 1,
+    });
+    bench.pass(secs(120));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.lease(VM_PORT, VM, IP);
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+
+    // Or its old port goes, and it is found at the other one.
+    bench.lease(OTHER_PORT, VM, IP);
+    bench.vm_talks = false;
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(Duration::from_millis(500));
+    bench.evidence.elsewhere = Some((bench.now, OTHER_PORT));
+    bench.pass(secs(1));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn who_asks_in_the_name_of_one_whose_renewal_was_lost_does_not_come_to_own_its_lease() {
+    let mut bench = settled();
+    bench.tell(Event::RecordsLost {
+        port: VM_PORT,
+        count: 2,
+    });
+    // Its renewal was among them; it lives on, and is heard.
+    bench.vm_talks = true;
+    bench.pass(secs(3700));
+    assert_eq!(bench.state(KEY), Some(State::Expired));
+    bench.lease(OTHER_PORT, VM, IP);
+    assert_eq!(
+        bench.state(KEY),
+        Some(State::Expired),
+        "not the neighbour's"
+    );
+    bench.vm_talks = false;
+    let (port, loss) = (OTHER_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 0);
+    // Once it renews by its own port, all is as before.
+    bench.lease(VM_PORT, VM, IP);
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+}
+
+#[test]
+fn one_that_was_seen_and_whose_ack_was_not_is_nobody_elses_either() {
+    let mut bench = Bench::new(Policy {
+        commit: Commit::Request,
+        ..Policy::default()
+    });
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.vm_talks = true;
+    bench.pass(secs(5));
+    bench.vm_talks = false;
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    // A neighbour asks in its name, and goes.
+    bench.lease(OTHER_PORT, VM, IP);
+    let binding = bench.engine.bindings().next().expect("one binding");
+    assert_eq!(binding.port, VM_PORT);
+    let (port, loss) = (OTHER_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(secs(600));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn its_macs_lease_beyond_the_uplink_is_a_conflict_until_it_speaks() {
+    let mut bench = settled();
+    bench.pass(secs(6));
+    bench.port(UPLINK, "uplink0", Role::Uplink);
+    let ack = Message {
+        port: UPLINK,
+        role: Role::Uplink,
+        direction: Direction::FromPort,
+        xid: 99,
+        ..bench.ack(UPLINK, VM, IP)
+    };
+    bench.message(ack);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
+    bench.vm_talks = true;
+    // Once it is dead nothing would end that.
+    bench.pass(secs(2));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass);
+}
+
+#[test]
+fn who_only_asked_for_an_address_does_not_share_it() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.lease(OTHER_PORT, OTHER, IP);
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Pass);
+}
+
+/// What one of two clones has given back the other may ask for again, and is then not its only owner.
+#[test]
+fn a_lease_that_two_had_is_remembered_until_it_ends() {
+    let mut bench = settled();
+    bench.lease(OTHER_PORT, OTHER, IP);
+    bench.message(Message {
+        kind: MessageType::Release,
+        ciaddr: Some(IP),
+        requested_ip: None,
+        ..bench.request(OTHER_PORT, OTHER, IP)
+    });
+    assert_eq!(bench.state(KEY), Some(State::Withdrawn));
+    bench.pass(secs(3500));
+    assert_eq!(bench.state(KEY), Some(State::Withdrawn));
+    bench.pass(secs(200));
+    assert_eq!(bench.state(KEY), None);
+}
+
+#[test]
+fn an_address_that_two_stations_were_given_is_never_released() {
+    let mut bench = settled();
+    bench.lease(OTHER_PORT, OTHER, IP);
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Hold);
+    // A renewal does not tell the other one's end either.
+    bench.pass(secs(60));
+    bench.lease(OTHER_PORT, OTHER, IP);
+    bench.tell(Event::PortDown {
+        port: OTHER_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(600));
+    assert_eq!((bench.releases(), bench.state(KEY)), (0, Some(State::Gone)));
+}
+
+#[test]
+fn what_was_never_granted_is_soon_forgotten() {
+    let mut bench = Bench::new(Policy::default());
+    for n in 1..=200 {
+        let ip = Ipv4Addr::new(10, 0, 1, n);
+        bench.message(bench.request(VM_PORT, VM, ip));
+        bench.message(Message {
+            kind: MessageType::Nak,
+            yiaddr: None,
+            ..bench.ack(VM_PORT, VM, ip)
+        });
+    }
+    assert_eq!(bench.engine.bindings().count(), 200);
+    bench.pass(secs(11));
+    assert_eq!(bench.engine.bindings().count(), 0);
+}
+
+/// RFC 2131 section 4.3.2, and what clients make of it.
+#[test]
+fn what_is_asked_is_told_by_the_fields_that_are_there() {
+    let bench = Bench::new(Policy::default());
+    let other = Ipv4Addr::new(10, 0, 0, 2);
+    let renewing = Ask::Renewing {
+        ip: IP,
+        server: SERVER,
+    };
+    let rebinding = Some(Ask::Rebinding { ip: IP });
+    for (ciaddr, requested_ip, server_id, to, expected) in [
+        (
+            None,
+            Some(IP),
+            None,
+            Ipv4Addr::BROADCAST,
+            Some(Ask::InitReboot { ip: IP }),
+        ),
+        (Some(IP), None, None, SERVER, Some(renewing)),
+        (Some(IP), None, None, Ipv4Addr::BROADCAST, rebinding),
+        (Some(IP), Some(IP), None, SERVER, rebinding),
+        (Some(IP), None, Some(SERVER), SERVER, rebinding),
+        (Some(IP), Some(other), None, SERVER, None),
+        (None, None, Some(SERVER), Ipv4Addr::BROADCAST, None),
+        (None, None, None, Ipv4Addr::BROADCAST, None),
+    ] {
+        let message = Message {
+            ciaddr,
+            requested_ip,
+            server_id,
+            destination_ip: to,
+            ..bench.request(VM_PORT, VM, IP)
+        };
+        assert_eq!(Ask::of(&message), expected, "{message:?}");
+    }
+}
+
+#[test]
+fn who_uses_anothers_mac_is_not_believed() {
+    let bench = Bench::new(Policy::default());
+    let own = bench.request(VM_PORT, VM, IP);
+    assert_eq!(Speaker::of(&own), Speaker::Vm);
+    let borrowed = Message {
+        source_mac: OTHER,
+        ..own
+    };
+    assert_eq!(Speaker::of(&borrowed), Speaker::Impostor);
+}

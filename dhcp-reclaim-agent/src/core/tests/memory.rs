@@ -176,3 +176,317 @@ fn an_alarm_that_is_taken_over_is_kept_on() {
     let said = bench.engine.poll_action();
     assert_eq!(said, Some(Action::SaveAlarm { id }));
 }
+
+#[test]
+fn a_binding_whose_port_is_there_is_taken_over_and_looked_at_soon() {
+    let mut bench = after_restart(&settled(), &PORTS);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!((bench.probes(), bench.saves.len()), (0, 1));
+    bench.pass(secs(2));
+    assert_eq!(bench.probes(), 1, "looked at");
+    bench.vm_talks = true;
+    bench.pass(secs(100));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    let binding = bench.engine.bindings().next().unwrap();
+    assert_eq!(
+        (binding.server_mac, binding.port),
+        (Some(SERVER_MAC), VM_PORT)
+    );
+    // It is as it was: its port goes, and so does it.
+    bench.vm_talks = false;
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(secs(3));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn a_binding_whose_port_went_while_nobody_listened_takes_the_slow_road() {
+    // Gone, or another port by now: by its index, or by its name.
+    for ports in [
+        &[(OTHER_PORT, "vm2")][..],
+        &[(VM_PORT, "vm9"), (OTHER_PORT, "vm2")],
+        &[(VM_PORT + 50, "vm1"), (OTHER_PORT, "vm2")],
+    ] {
+        let mut bench = after_restart(&settled(), ports);
+        assert_eq!(bench.state(KEY), Some(State::Silent), "{ports:?}");
+        assert_eq!(bench.probes(), 1);
+        bench.pass(secs(299));
+        assert_eq!(bench.releases(), 0, "it may have asked behind a new port");
+        bench.pass(secs(2));
+        assert_eq!(bench.releases(), 1);
+        assert_eq!(bench.state(KEY), Some(State::Released));
+    }
+}
+
+#[test]
+fn a_binding_whose_port_has_no_carrier_at_the_start_takes_the_slow_road() {
+    let bench = settled();
+    let mut next = Bench::new(Policy::default());
+    next.now = bench.now;
+    next.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::CarrierLost,
+    });
+    let saved = bench.engine.saved(KEY).expect("it is live");
+    next.engine.restore(vec![saved], next.now);
+    next.carry_out();
+    assert_eq!(next.state(KEY), Some(State::Silent));
+    next.pass(secs(299));
+    assert_eq!(next.releases(), 0);
+    next.pass(secs(2));
+    assert_eq!(next.releases(), 1);
+}
+
+#[test]
+fn what_is_told_after_a_time_without_the_agent_takes_the_slow_road() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.lease(OTHER_PORT, OTHER, Ipv4Addr::new(10, 0, 0, 2));
+    bench.pass(secs(1));
+    bench.tell(Event::Overslept {
+        suspended: secs(1800),
+    });
+    bench.tell(Event::PortDown {
+        port: OTHER_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(299));
+    assert_eq!(bench.releases(), 0, "they may have been started elsewhere");
+    bench.pass(secs(2));
+    assert_eq!(bench.releases(), 2);
+}
+
+#[test]
+fn a_port_that_goes_before_its_vm_was_seen_again_takes_the_slow_road() {
+    let mut bench = after_restart(&settled(), &PORTS);
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(secs(299));
+    assert_eq!(bench.releases(), 0, "it may have asked behind a new port");
+    bench.pass(secs(2));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn a_binding_whose_vm_has_a_new_port_is_found_there() {
+    let mut bench = after_restart(&settled(), &[(31, "vm1")]);
+    bench.evidence.elsewhere = Some((bench.now + secs(1), 31));
+    bench.pass(secs(20));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    bench.evidence.elsewhere = None;
+    bench.vm_talks = true;
+    bench.pass(secs(600));
+    assert_eq!(
+        (bench.releases(), bench.state(KEY)),
+        (0, Some(State::Bound))
+    );
+    assert_eq!(bench.engine.saved(KEY).unwrap().port, 31);
+}
+
+#[test]
+fn an_intent_is_saved_before_its_frame_and_never_sent_again() {
+    let mut bench = settled();
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(Duration::from_millis(1990));
+    bench.now = bench.now + secs(1);
+    bench.engine.handle_timeout(bench.now);
+    let mut last = None;
+    let mut interrupted = None;
+    while let Some(action) = bench.engine.poll_action() {
+        match action {
+            Action::Save { key } => last = bench.engine.saved(key).map(|saved| saved.state),
+            Action::Look { key, .. } => {
+                let evidence = bench.evidence;
+                bench
+                    .engine
+                    .handle(Event::Evidence { key, evidence }, bench.now);
+            }
+            Action::Release { .. } => interrupted = last,
+            _ => {}
+        }
+    }
+    assert_eq!(interrupted, Some(State::Releasing));
+    // Killed here: whether the frame left is not known.
+    let gone = [(OTHER_PORT, "vm2")];
+    let mut next = after_restart(&bench, &gone);
+    assert_eq!(next.state(KEY), Some(State::Released));
+    assert_eq!(next.notices(), [NoticeKind::Released]);
+    let told = next.seen.iter().find_map(notice).unwrap();
+    assert!(told.reason.contains("unknown"), "{}", told.reason);
+    next.pass(secs(3600));
+    assert_eq!((next.releases(), next.state(KEY)), (0, None));
+    assert_eq!(next.saves.last(), Some(&(KEY, None)), "not to be kept");
+
+    // It did not leave, as the kernel knows: all is looked at anew.
+    for outcome in [ReleaseOutcome::Failed, ReleaseOutcome::Vetoed] {
+        let mut next = after_restart_with(&bench, &gone, Some(outcome));
+        assert_eq!(next.state(KEY), Some(State::Silent));
+        next.pass(secs(400));
+        assert_eq!(
+            (next.releases(), next.state(KEY)),
+            (1, Some(State::Released))
+        );
+    }
+
+    // It left: that was the one.
+    let mut next = after_restart_with(&bench, &gone, Some(ReleaseOutcome::Sent));
+    assert_eq!(next.state(KEY), Some(State::Released));
+    assert_eq!(next.engine.live(), 0);
+    next.pass(secs(3600));
+    assert_eq!((next.releases(), next.state(KEY)), (0, None));
+}
+
+/// A VM that died and was released, `ago` before the next agent.
+fn released_before_restart(ago: Duration) -> Bench {
+    let mut bench = settled();
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(secs(3));
+    assert_eq!(
+        (bench.releases(), bench.state(KEY)),
+        (1, Some(State::Released))
+    );
+    bench.pass(ago);
+    after_restart(&bench, &[(OTHER_PORT, "vm2")])
+}
+
+#[test]
+fn a_released_address_is_looked_after_by_the_next_agent_too() {
+    let mut bench = released_before_restart(secs(10));
+    assert_eq!(bench.state(KEY), Some(State::Released));
+    assert_eq!(bench.engine.saved(KEY).unwrap().state, State::Released);
+    bench.lease_query = Some(QueryAnswer::Active(Some(VM)));
+    bench.pass(secs(5));
+    assert_eq!((bench.releases(), bench.notices()), (0, vec![]));
+    // A frame that came while there was no agent: the kernel kept it.
+    let mut next = after_restart(&bench, &[(OTHER_PORT, "vm2")]);
+    next.evidence.address = Some((bench.now, VM));
+    next.pass(secs(2));
+    assert_eq!(next.notices(), [NoticeKind::ReleasedAlive]);
+    next.pass(secs(5));
+    assert_eq!(next.notices(), [NoticeKind::ReleasedAlive], "told once");
+    // The same by the agent after that: it has been told.
+    let mut last = after_restart(&next, &[(OTHER_PORT, "vm2")]);
+    last.evidence.address = Some((last.now, VM));
+    last.pass(secs(5));
+    assert_eq!(last.notices(), []);
+    // One that came before the silence that the RELEASE stands on says nothing.
+    let mut next = after_restart(&bench, &[(OTHER_PORT, "vm2")]);
+    next.evidence.address = Some((Time::from_nanos(1), VM));
+    next.pass(secs(90));
+    assert_eq!(next.notices(), []);
+}
+
+#[test]
+fn what_became_of_a_release_is_known_after_a_restart_and_for_as_long() {
+    let mut bench = released_before_restart(secs(290));
+    let outcome = |bench: &Bench| bench.engine.bindings().next().and_then(|b| b.outcome);
+    assert_eq!(outcome(&bench), Some(Outcome::Unverified));
+    let mut next = after_restart(&bench, &[(OTHER_PORT, "vm2")]);
+    next.message(next.request(OTHER_PORT, OTHER, IP));
+    next.message(next.ack(OTHER_PORT, OTHER, IP));
+    assert!(next.notices().contains(&NoticeKind::Verified));
+    bench.pass(secs(299));
+    let mut bench = after_restart(&bench, &[(OTHER_PORT, "vm2")]);
+    assert_eq!(bench.state(KEY), Some(State::Released));
+    bench.pass(secs(20));
+    assert_eq!((bench.state(KEY), bench.releases()), (None, 0));
+}
+
+#[test]
+fn an_alarm_holds_after_a_restart_until_the_server_binds_again() {
+    let mut bench = released_before_restart(secs(1));
+    bench.evidence.address = Some((bench.now, VM));
+    bench.pass(secs(2));
+    assert_eq!(bench.notices(), [NoticeKind::ReleasedAlive]);
+    let id = AlarmId {
+        segment: SEGMENT,
+        mac: VM,
+    };
+    let alarm = bench.engine.saved_alarm(id).unwrap();
+    assert_eq!(alarm.port, 0, "its port is gone");
+    let mut next = after_restart(&bench, &PORTS);
+    next.engine.restore_alarms(vec![alarm.clone()]);
+    assert_eq!(next.engine.saved_alarm(id), Some(alarm));
+    next.message(next.request(VM_PORT, VM, IP));
+    next.message(next.ack(VM_PORT, VM, IP));
+    assert_eq!(next.engine.saved_alarm(id), None, "bound again");
+    // A port by its name and index only.
+    let alarm = SavedAlarm {
+        id,
+        port: VM_PORT,
+        port_name: "vm1".to_owned(),
+    };
+    for (port_name, port) in [("vm1", VM_PORT), ("vm9", 0)] {
+        let port_name = port_name.to_owned();
+        let mut next = after_restart(&bench, &PORTS);
+        next.engine.restore_alarms(vec![SavedAlarm {
+            port_name,
+            ..alarm.clone()
+        }]);
+        assert_eq!(next.engine.saved_alarm(id).unwrap().port, port);
+    }
+}
+
+#[test]
+fn a_question_that_is_open_when_the_agent_ends_is_answered_to_the_next() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    let mut bench = after_restart(&bench, &PORTS);
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(transactions(&bench), []);
+    // Not for another port of that index.
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    let mut bench = after_restart(&bench, &[(VM_PORT, "vm9")]);
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.state(KEY), Some(State::Requested));
+}
+
+#[test]
+fn a_record_that_is_read_again_changes_nothing() {
+    let lease = |bench: &mut Bench| {
+        let (request, ack) = (bench.request(VM_PORT, VM, IP), bench.ack(VM_PORT, VM, IP));
+        bench.message(request.clone());
+        bench.message(ack.clone());
+        [request, ack]
+    };
+    // All of them, the last one only, and after a restart.
+    for (from, restart) in [(0, false), (1, false), (0, true), (1, true)] {
+        let mut bench = Bench::new(Policy::default());
+        let messages = lease(&mut bench);
+        if restart {
+            bench = after_restart(&bench, &PORTS);
+        }
+        let before = bench.engine.saved(KEY);
+        for message in messages.into_iter().skip(from) {
+            bench.message(message);
+        }
+        assert_eq!(bench.engine.saved(KEY), before);
+        assert_eq!(bench.engine.live(), 1);
+    }
+    // The guest's own RELEASE.
+    let mut bench = Bench::new(Policy::default());
+    lease(&mut bench);
+    let release = Message {
+        kind: MessageType::Release,
+        ciaddr: Some(IP),
+        requested_ip: None,
+        ..bench.request(VM_PORT, VM, IP)
+    };
+    bench.message(release.clone());
+    assert_eq!(bench.saves.last(), Some(&(KEY, None)));
+    let mut bench = after_restart(&bench, &PORTS);
+    bench.message(release);
+    let (port, loss) = (VM_PORT, PortLoss::Deleted);
+    bench.tell(Event::PortDown { port, loss });
+    bench.pass(secs(100));
+    assert_eq!((bench.releases(), bench.engine.live()), (0, 0));
+}

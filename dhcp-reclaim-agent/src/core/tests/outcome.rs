@@ -403,3 +403,275 @@ fn before_a_repetition_each_question_has_its_time() {
     }
     assert_eq!(bench.releases(), 1);
 }
+
+#[test]
+fn a_release_that_nobody_speaks_of_is_unverified() {
+    let mut bench = released(Some(QueryAnswer::Silence));
+    bench.pass(secs(300));
+    assert_eq!(outcome(&bench), Some(Outcome::Unverified));
+    assert_eq!(
+        (bench.releases(), count(&bench, NoticeKind::Verified)),
+        (1, 0)
+    );
+    assert_eq!(
+        bench
+            .seen
+            .iter()
+            .filter(|a| matches!(a, Action::Query { .. }))
+            .count(),
+        1
+    );
+    bench.pass(secs(400));
+    assert_eq!(bench.state(KEY), None, "forgotten in the end");
+}
+
+#[test]
+fn the_watch_over_a_released_address_ends() {
+    let mut bench = released(None);
+    let disarms = |bench: &Bench| {
+        let all = bench.seen.iter();
+        all.filter(|a| matches!(a, Action::Disarm { .. })).count()
+    };
+    assert_eq!(disarms(&bench), 0);
+    bench.pass(secs(61));
+    assert_eq!(disarms(&bench), 1);
+    let looks = bench.seen.len();
+    bench.pass(secs(60));
+    assert_eq!(bench.seen.len(), looks, "nothing is done any more");
+}
+
+#[test]
+fn a_server_that_does_not_answer_is_not_asked_again() {
+    let mut bench = Bench::new(Policy::default());
+    bench.lease(VM_PORT, VM, IP);
+    bench.lease(OTHER_PORT, OTHER, Ipv4Addr::new(10, 0, 0, 2));
+    bench.pass(secs(5));
+    for port in [VM_PORT, OTHER_PORT] {
+        bench.tell(Event::PortDown {
+            port,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(secs(30));
+    }
+    assert_eq!(bench.releases(), 2);
+    let queries = bench
+        .seen
+        .iter()
+        .filter(|a| matches!(a, Action::Query { .. }));
+    assert_eq!(queries.count(), 1);
+}
+
+#[test]
+fn a_server_that_has_answered_is_asked_again_soon() {
+    let queries = |bench: &Bench| {
+        let all = bench.seen.iter();
+        all.filter(|a| matches!(a, Action::Query { .. })).count()
+    };
+    let mut bench = Bench::new(Policy::default());
+    let others = Ipv4Addr::new(10, 0, 0, 2);
+    bench.lease(VM_PORT, VM, IP);
+    bench.lease(OTHER_PORT, OTHER, others);
+    bench.lease_query = Some(QueryAnswer::Unassigned);
+    bench.pass(secs(5));
+    let lost = |port| Event::PortDown {
+        port,
+        loss: PortLoss::Deleted,
+    };
+    bench.tell(lost(VM_PORT));
+    bench.pass(secs(5));
+    assert_eq!(queries(&bench), 1);
+    // It is busy for a moment.
+    bench.lease_query = Some(QueryAnswer::Silence);
+    bench.tell(lost(OTHER_PORT));
+    bench.pass(secs(5));
+    assert_eq!(queries(&bench), 2);
+    let mut ends = bench.engine.clone();
+    bench.lease_query = Some(QueryAnswer::Unassigned);
+    bench.pass(secs(6));
+    assert_eq!(queries(&bench), 3);
+    let of = |bench: &Bench| bench.engine.bindings_of(others).next()?.outcome;
+    assert_eq!(of(&bench), Some(Outcome::Verified));
+    // It does not come back.
+    std::mem::swap(&mut bench.engine, &mut ends);
+    bench.lease_query = Some(QueryAnswer::Silence);
+    bench.pass(secs(50));
+    assert_eq!(queries(&bench), 4);
+    assert_eq!(of(&bench), Some(Outcome::Unverified));
+}
+
+#[test]
+fn a_server_that_says_nobody_has_it_verifies() {
+    let mut bench = released(Some(QueryAnswer::Unassigned));
+    bench.pass(secs(2));
+    assert_eq!(outcome(&bench), Some(Outcome::Verified));
+    let order: Vec<_> = bench.notices().into_iter().rev().take(2).collect();
+    assert_eq!(order, [NoticeKind::Verified, NoticeKind::Released]);
+}
+
+#[test]
+fn a_server_that_gives_it_to_somebody_else_verifies() {
+    let mut bench = released(None);
+    bench.lease(OTHER_PORT, OTHER, IP);
+    assert_eq!(count(&bench, NoticeKind::Verified), 1);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(outcome(&bench), None, "the new lease has none");
+    bench.pass(secs(70));
+    assert_eq!(
+        (bench.releases(), count(&bench, NoticeKind::ReleasedAlive)),
+        (1, 0)
+    );
+}
+
+#[test]
+fn before_a_repetition_a_port_that_has_come_is_asked_too() {
+    let mut bench = released(None);
+    bench.lease_query = Some(QueryAnswer::Active(Some(VM)));
+    let probes = bench.probes();
+    bench.port(13, "late", Role::Vm);
+    let (came, mut dead) = (bench.now, bench.engine.clone());
+    bench.pass(Duration::from_millis(1050));
+    assert_eq!((bench.releases(), bench.probes()), (1, probes + 1));
+    bench.lives_at = Some(13);
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 1);
+    // The same, and nobody answers.
+    std::mem::swap(&mut bench.engine, &mut dead);
+    (bench.now, bench.lives_at) = (came, None);
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 1 + 2);
+    assert_eq!(bench.engine.counters()["releases_ignored"], 3);
+}
+
+#[test]
+fn a_lease_that_stays_active_is_released_three_times_at_most() {
+    let mut bench = released(Some(QueryAnswer::Active(Some(VM))));
+    bench.pass(secs(300));
+    assert_eq!(bench.releases(), 3);
+    assert_eq!(outcome(&bench), Some(Outcome::Ignored));
+    assert_eq!(bench.engine.live(), 0);
+}
+
+#[test]
+fn a_lease_that_stays_active_is_not_released_again_if_anything_newer_was_seen() {
+    // A DISCOVER of its MAC at another port, before the answer comes.
+    let mut bench = released(None);
+    bench.pass(secs(2));
+    bench.message(Message {
+        kind: MessageType::Discover,
+        requested_ip: None,
+        server_id: None,
+        ..bench.request(OTHER_PORT, VM, IP)
+    });
+    bench.tell(Event::Queried {
+        key: KEY,
+        server: SERVER,
+        answer: QueryAnswer::Active(Some(VM)),
+    });
+    bench.pass(secs(70));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 0);
+
+    // A frame of its MAC.
+    let mut bench = released(None);
+    bench.evidence.elsewhere = Some((bench.now, OTHER_PORT));
+    bench.pass(secs(2));
+    bench.tell(Event::Queried {
+        key: KEY,
+        server: SERVER,
+        answer: QueryAnswer::Active(Some(VM)),
+    });
+    bench.pass(secs(70));
+    assert_eq!(bench.releases(), 1);
+
+    // The kernel saw one.
+    let mut bench = released(None);
+    bench.outcome = ReleaseOutcome::Vetoed;
+    bench.pass(secs(2));
+    for _ in 0..3 {
+        bench.tell(Event::Queried {
+            key: KEY,
+            server: SERVER,
+            answer: QueryAnswer::Active(Some(VM)),
+        });
+    }
+    bench.pass(secs(70));
+    assert_eq!(
+        bench.releases(),
+        2,
+        "the second was dropped, and no third is tried"
+    );
+    assert_eq!(bench.engine.live(), 0);
+}
+
+#[test]
+fn a_lease_that_stays_active_is_not_released_again_after_lost_records() {
+    let mut bench = settled();
+    bench.lease_query = None;
+    while bench.releases() == 0 {
+        bench.pass(secs(1));
+    }
+    bench.pass(secs(2));
+    bench.tell(Event::RecordsLost {
+        port: VM_PORT,
+        count: 1,
+    });
+    bench.tell(Event::Queried {
+        key: KEY,
+        server: SERVER,
+        answer: QueryAnswer::Active(Some(VM)),
+    });
+    bench.pass(secs(70));
+    assert_eq!((bench.releases(), bench.engine.live()), (1, 0));
+}
+
+#[test]
+fn the_released_alive_are_told_once_and_held_until_bound_again() {
+    let mut bench = released(None);
+    bench.evidence.address = Some((bench.now, VM));
+    bench.pass(secs(30));
+    assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 1);
+    bench.evidence = Evidence {
+        armed: true,
+        ..Evidence::default()
+    };
+    // It has another address, from before, at another port: that is not released.
+    let other = Key {
+        ip: Ipv4Addr::new(10, 0, 0, 2),
+        ..KEY
+    };
+    bench.lease(OTHER_PORT, OTHER, other.ip);
+    assert!(bench.engine.explain(other, bench.now).is_some());
+    bench.lease(OTHER_PORT, VM, IP);
+    bench.pass(secs(5));
+    assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Pass, "bound again");
+}
+
+#[test]
+fn a_vm_that_renews_what_was_released_is_alive() {
+    let mut bench = released(None);
+    bench.message(Message {
+        ciaddr: Some(IP),
+        requested_ip: None,
+        server_id: None,
+        source_ip: IP,
+        destination_ip: SERVER,
+        ..bench.request(OTHER_PORT, VM, IP)
+    });
+    assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 1);
+}
+
+#[test]
+fn a_vm_that_boots_again_and_asks_is_no_alarm() {
+    let mut bench = released(None);
+    bench.evidence.elsewhere = Some((bench.now, OTHER_PORT));
+    bench.pass(secs(2));
+    bench.lease(OTHER_PORT, VM, IP);
+    bench.evidence = Evidence {
+        armed: true,
+        ..Evidence::default()
+    };
+    bench.pass(secs(5));
+    assert_eq!(count(&bench, NoticeKind::ReleasedAlive), 0);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+}

@@ -145,3 +145,459 @@ fn why_it_is_taken_for_dead_is_told() {
         "3 probes unanswered, not a frame for 2.000s"
     );
 }
+
+#[test]
+fn a_lost_port_is_probed_at_once_and_released_after_the_hold_down() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    let everywhere = Action::Arm {
+        key: KEY,
+        mac: VM,
+        own_port: None,
+        everywhere: true,
+    };
+    let probe = Probe {
+        via: ProbeVia::Segment(SEGMENT),
+        vlan: 0,
+        ip: IP,
+        mac: VM,
+    };
+    let acts: Vec<_> = bench
+        .seen
+        .iter()
+        .filter(|action| notice(action).is_none())
+        .cloned()
+        .collect();
+    assert_eq!(acts, [everywhere, Action::Probe { key: KEY, probe }]);
+    bench.pass(Duration::from_millis(1990));
+    assert_eq!(bench.releases(), 0, "the hold-down has not passed");
+    assert_eq!(bench.probes(), 3);
+    bench.pass(Duration::from_millis(20));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(bench.state(KEY), Some(State::Released));
+    assert_eq!(
+        bench.notices(),
+        [
+            NoticeKind::PortLost,
+            NoticeKind::Silent,
+            NoticeKind::Gone,
+            NoticeKind::Releasing,
+            NoticeKind::Released
+        ]
+    );
+    bench.pass(secs(500));
+    assert_eq!(bench.releases(), 1, "once");
+}
+
+#[test]
+fn what_every_gate_said_is_known_while_a_release_is_on_its_way() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(3));
+    assert_eq!(bench.grounds, Gate::ALL.len());
+    assert!(bench.engine.grounds(KEY).is_empty(), "no longer");
+}
+
+#[test]
+fn how_long_a_vm_was_silent_is_known_from_the_first_sign_of_it() {
+    let silent_at = |bench: &Bench| bench.engine.bindings_of(IP).next().unwrap().silent_at;
+    let mut bench = settled();
+    assert_eq!(silent_at(&bench), None);
+    let lost_at = bench.now;
+    let down = Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::CarrierLost,
+    };
+    bench.tell(down.clone());
+    bench.pass(secs(1));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    assert_eq!(silent_at(&bench), Some(lost_at));
+    let mut bench = settled();
+    bench.tell(down);
+    bench.port(VM_PORT, "vm1", Role::Vm);
+    bench.vm_talks = true;
+    bench.pass(secs(2));
+    assert_eq!(silent_at(&bench), None, "it is alive");
+}
+
+/// What a VM says by a port before that is watched, nobody hears.
+#[test]
+fn a_port_that_comes_late_is_asked_before_anything_is_released() {
+    for is_new in [true, false] {
+        // One that was there, and has its carrier back, was watched all the time.
+        let more = usize::from(is_new);
+        let mut bench = settled();
+        bench.tell(Event::PortDown {
+            port: VM_PORT,
+            loss: PortLoss::Deleted,
+        });
+        bench.pass(Duration::from_millis(1900));
+        let probes = bench.probes();
+        assert_eq!(probes, 3);
+        let port = if is_new { 13 } else { OTHER_PORT };
+        bench.port(port, "late", Role::Vm);
+        bench.pass(Duration::from_millis(500));
+        assert_eq!(bench.releases(), 1 - more, "nobody behind it was asked");
+        assert_eq!(bench.probes(), probes + more);
+        if !is_new {
+            continue;
+        }
+        let mut lives = bench.engine.clone();
+        bench.pass(secs(1));
+        assert_eq!(bench.releases(), 1);
+        // The same, and it answers.
+        std::mem::swap(&mut bench.engine, &mut lives);
+        bench.seen.clear();
+        bench.lives_at = Some(port);
+        bench.pass(secs(1));
+        assert_eq!(bench.releases(), 0);
+        assert_eq!(bench.state(KEY), Some(State::Bound));
+    }
+}
+
+/// What keeps the dead may keep them for long, and an uplink may be cut meanwhile.
+#[test]
+fn with_an_uplink_whoever_was_kept_is_asked_before_it_is_released() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass_heard(secs(10));
+    bench.engine.pause("an upgrade".to_owned(), bench.now);
+    bench.carry_out();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass_heard(secs(20));
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    // The latest probe left as long ago as may be.
+    let probes = bench.probes();
+    while bench.probes() == probes {
+        bench.pass_heard(secs(1));
+    }
+    bench.pass_heard(secs(3));
+    let probes = bench.probes();
+    bench.engine.resume("root", bench.now);
+    bench.carry_out();
+    bench.lives_at = Some(UPLINK);
+    let mut dead = bench.engine.clone();
+    bench.pass_heard(secs(3));
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+    assert_eq!(bench.releases(), 0);
+    // The same, and nobody answers.
+    std::mem::swap(&mut bench.engine, &mut dead);
+    bench.lives_at = None;
+    bench.evidence.elsewhere = None;
+    bench.pass_heard(secs(3));
+    assert_eq!((bench.releases(), bench.probes()), (1, probes + 1));
+}
+
+#[test]
+fn who_waits_for_a_port_that_has_come_is_asked_at_once() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass_heard(Duration::from_millis(10000));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    // The last question has left.
+    bench.pass_heard(Duration::from_millis(9500));
+    bench.port(13, "late", Role::Vm);
+    bench.pass_heard(Duration::from_millis(1000));
+    assert_eq!(bench.releases(), 0);
+    bench.pass_heard(Duration::from_millis(1600));
+    assert_eq!(bench.releases(), 1, "no whole round is waited for");
+}
+
+#[test]
+fn a_port_that_comes_while_the_dead_wait_is_asked_too() {
+    let mut bench = settled();
+    bench.engine.pause("an upgrade".to_owned(), bench.now);
+    bench.carry_out();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(5));
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    bench.port(13, "late", Role::Vm);
+    let probes = bench.probes();
+    bench.engine.resume("root", bench.now);
+    bench.carry_out();
+    bench.pass(Duration::from_millis(500));
+    assert_eq!(bench.releases(), 0);
+    bench.pass(secs(3));
+    assert!(bench.probes() > probes);
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn a_release_that_was_overtaken_is_decided_anew() {
+    let mut bench = settled();
+    bench.outcome = ReleaseOutcome::Overtaken;
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(Duration::from_millis(2050));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    // What came between was a port, and its guest is the one.
+    bench.outcome = ReleaseOutcome::Sent;
+    bench.port(13, "late", Role::Vm);
+    bench.lives_at = Some(13);
+    bench.pass(secs(2));
+    assert_eq!(bench.releases(), 1);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(bench.engine.counters()["releases_overtaken"], 1);
+    assert_eq!(bench.engine.counters()["releases_failed"], 0);
+}
+
+#[test]
+fn port_up_never_means_never() {
+    let mut bench = Bench::new(Policy {
+        release_while_port_up: false,
+        ..Policy::default()
+    });
+    bench.lease(VM_PORT, VM, IP);
+    bench.pass(secs(3000));
+    assert_eq!(bench.state(KEY), Some(State::Silent));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn one_frame_in_the_hold_down_is_enough() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::CarrierLost,
+    });
+    bench.pass(secs(1));
+    bench.port(VM_PORT, "vm1", Role::Vm);
+    bench.vm_talks = true;
+    bench.pass(secs(30));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert!(bench.notices().contains(&NoticeKind::Alive));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn a_veto_sends_it_back_to_be_looked_at() {
+    let mut bench = settled();
+    bench.outcome = ReleaseOutcome::Vetoed;
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(Duration::from_millis(2010));
+    assert!(bench.notices().contains(&NoticeKind::Vetoed));
+    assert_ne!(bench.state(KEY), Some(State::Released));
+    assert_eq!(bench.engine.counters().get("releases_vetoed"), Some(&1));
+    assert_eq!(
+        bench.state(KEY),
+        Some(State::Silent),
+        "the hold-down begins anew"
+    );
+}
+
+#[test]
+fn a_lease_that_ends_soon_is_left_to_end() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        lease_secs: Some(20),
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    bench.pass(secs(11));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(20));
+    assert_eq!(bench.releases(), 0);
+    assert_eq!(bench.state(KEY), Some(State::Expired));
+}
+
+#[test]
+fn two_vms_with_one_client_id_hold_each_other() {
+    let mut bench = Bench::new(Policy::default());
+    let second = Ipv4Addr::new(10, 0, 0, 2);
+    for (port, mac, ip) in [(VM_PORT, VM, IP), (OTHER_PORT, OTHER, second)] {
+        bench.message(Message {
+            client_id: Some(vec![0, 1, 2]),
+            ..bench.request(port, mac, ip)
+        });
+        bench.message(bench.ack(port, mac, ip));
+    }
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(10));
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Hold);
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn one_client_id_of_one_mac_or_of_one_that_is_gone_holds_nobody() {
+    let mut bench = Bench::new(Policy::default());
+    let second = Ipv4Addr::new(10, 0, 0, 2);
+    let third = Ipv4Addr::new(10, 0, 0, 3);
+    let named = |message: Message| Message {
+        client_id: Some(vec![0, 1, 2]),
+        ..message
+    };
+    for (port, mac, ip) in [
+        (VM_PORT, VM, IP),
+        (VM_PORT, VM, second),
+        (OTHER_PORT, OTHER, third),
+    ] {
+        bench.message(named(bench.request(port, mac, ip)));
+        bench.message(bench.ack(port, mac, ip));
+    }
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Hold);
+    bench.message(Message {
+        kind: MessageType::Release,
+        ciaddr: Some(third),
+        requested_ip: None,
+        ..named(bench.request(OTHER_PORT, OTHER, third))
+    });
+    assert_eq!(bench.verdict(Gate::Unique), Verdict::Pass);
+}
+
+#[test]
+fn nothing_is_released_before_the_agent_has_settled() {
+    let mut bench = Bench::new(Policy {
+        settle: secs(30),
+        ..Policy::default()
+    });
+    bench.lease(VM_PORT, VM, IP);
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(29));
+    assert_eq!(
+        (bench.releases(), bench.verdict(Gate::Settled)),
+        (0, Verdict::Hold)
+    );
+    bench.pass(secs(3));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn the_breaker_opens_when_too_many_die() {
+    let mut bench = Bench::new(Policy {
+        breaker_min: 3,
+        breaker: Some(0.1),
+        ..Policy::default()
+    });
+    for n in 1..=10_u8 {
+        let port = 100 + u32::from(n);
+        bench.port(port, &format!("vm{n}"), Role::Vm);
+        bench.lease(
+            port,
+            MacAddr([2, 0, 0, 0, 1, n]),
+            Ipv4Addr::new(10, 0, 1, n),
+        );
+    }
+    bench.pass(secs(5));
+    for n in 1..=10_u8 {
+        bench.tell(Event::PortDown {
+            port: 100 + u32::from(n),
+            loss: PortLoss::Deleted,
+        });
+    }
+    bench.pass(secs(600));
+    assert_eq!(bench.releases(), 3, "what died before it opened");
+    assert!(
+        bench
+            .seen
+            .iter()
+            .filter_map(notice)
+            .any(|n| n.event == NoticeKind::Held && n.reason.starts_with("breaker"))
+    );
+    // They were not dead: it closes by that, and says so.
+    assert!(bench.engine.breaker_opened_at().is_some());
+    bench.seen.clear();
+    bench.lives_at = Some(OTHER_PORT);
+    bench.pass(secs(60));
+    assert!(bench.engine.breaker_opened_at().is_none());
+    let mut told = bench.seen.iter().filter_map(notice);
+    assert!(told.any(|n| n.event == NoticeKind::Alive && n.reason.starts_with("breaker closed")));
+}
+
+/// So many die at once on a node that sends a server two a second, `burst` at once.
+fn dying_at_once(dead: u8, burst: u32) -> Bench {
+    let mut bench = Bench::new(Policy {
+        rate: 2,
+        burst,
+        breaker: None,
+        ..Policy::default()
+    });
+    for n in 1..=dead {
+        let port = 100 + u32::from(n);
+        bench.port(port, &format!("vm{n}"), Role::Vm);
+        bench.lease(
+            port,
+            MacAddr([2, 0, 0, 0, 1, n]),
+            Ipv4Addr::new(10, 0, 1, n),
+        );
+    }
+    bench.pass(secs(5));
+    for n in 1..=dead {
+        bench.tell(Event::PortDown {
+            port: 100 + u32::from(n),
+            loss: PortLoss::Deleted,
+        });
+    }
+    bench
+}
+
+#[test]
+fn releases_keep_to_the_rate() {
+    let mut bench = dying_at_once(10, 1);
+    bench.pass(Duration::from_millis(2010));
+    assert_eq!(bench.releases(), 1);
+    bench.pass(secs(1));
+    assert_eq!(bench.releases(), 3);
+    bench.pass(secs(4));
+    assert_eq!(bench.releases(), 10);
+}
+
+#[test]
+fn a_server_that_reads_on_sets_the_pace() {
+    for (reads_on, released) in [(false, 8), (true, 100)] {
+        let mut bench = dying_at_once(100, 8);
+        bench.reads_on = reads_on;
+        bench.pass(Duration::from_millis(2010));
+        assert_eq!(bench.releases(), released);
+    }
+}
+
+#[test]
+fn a_lease_that_ends_in_just_min_remaining_is_still_given_back() {
+    let mut bench = Bench::new(Policy::default());
+    bench.lease(VM_PORT, VM, IP);
+    let end = bench.now + Duration::from_secs(3600);
+    let min_remaining = Policy::default().min_remaining;
+    let verdict = |bench: &Bench, now: Time| {
+        let explained = bench.engine.explain(KEY, now).unwrap();
+        let finding = explained.iter().find(|finding| finding.gate == Gate::Lease);
+        finding.unwrap().verdict
+    };
+    bench.now = Time::from_nanos(end.as_nanos() - min_remaining.as_nanos() as u64);
+    assert_eq!(verdict(&bench, bench.now), Verdict::Pass);
+    bench.now = bench.now + Duration::from_nanos(1);
+    assert_eq!(verdict(&bench, bench.now), Verdict::Forget);
+}

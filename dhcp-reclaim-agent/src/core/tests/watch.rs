@@ -467,3 +467,296 @@ fn neighbours_that_were_seen_together_are_looked_at_apart() {
     let due: std::collections::BTreeSet<_> = bench.engine.bindings().map(|it| it.due).collect();
     assert!(due.len() > 100, "{} of 256", due.len());
 }
+
+// ---- from quiet to silent, and back ------------------------------------------------------------
+
+/// A port comes back, and whoever was behind it was seen elsewhere just before.
+#[test]
+fn what_was_seen_before_its_port_came_back_is_looked_at() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(10));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::CarrierLost,
+    });
+    bench.pass(Duration::from_millis(500));
+    bench.lives_at = Some(UPLINK);
+    bench.port(VM_PORT, "vm1", Role::Vm);
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+}
+
+#[test]
+fn what_was_seen_is_looked_at_before_silence_begins_anew() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(1));
+    // Its announcement from beyond, once; and then somebody claims its address.
+    bench.evidence.elsewhere = Some((bench.now, UPLINK));
+    bench.message(bench.request(OTHER_PORT, OTHER, IP));
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+}
+
+#[test]
+fn with_an_uplink_the_hold_down_is_longer_and_the_uplink_must_be_heard() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(10));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(30));
+    assert_eq!(bench.releases(), 0, "the uplink is cut for all we know");
+    assert!(
+        bench
+            .seen
+            .iter()
+            .any(|action| matches!(action, Action::Control { probe } if probe.ip == SERVER))
+    );
+    let mended = bench.now;
+    while bench.releases() == 0 {
+        bench.evidence.uplink_at = Some(bench.now);
+        bench.pass(secs(1));
+        assert!(
+            bench.now.since(mended) < secs(400),
+            "it is released in the end"
+        );
+    }
+    // Who started elsewhere while the cable was cut was not heard: as long as for a silent VM.
+    assert!(
+        bench.now.since(mended) >= secs(290),
+        "{:?}",
+        bench.now.since(mended)
+    );
+}
+
+#[test]
+fn with_an_uplink_that_is_heard_the_hold_down_is_the_uplinks() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(10));
+    bench.evidence.uplink_at = Some(bench.now);
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass_heard(Duration::from_millis(9500));
+    assert_eq!(bench.releases(), 0, "the hold-down has not passed");
+    bench.pass_heard(secs(1));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn a_vm_that_moved_behind_the_uplink_is_disowned() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass(secs(10));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(2));
+    bench.evidence.elsewhere = Some((bench.now, UPLINK));
+    bench.pass(secs(60));
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn a_last_word_by_its_own_port_does_not_take_the_lost_ports_road_away() {
+    let mut bench = settled();
+    bench.pass(secs(70));
+    assert_eq!(bench.state(KEY), Some(State::Silent));
+    bench.evidence.own_at = Some(bench.now);
+    bench.pass(Duration::from_millis(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::CarrierLost,
+    });
+    bench.pass(secs(3));
+    assert_eq!(bench.state(KEY), Some(State::Released));
+}
+
+#[test]
+fn a_vm_behind_a_port_that_nobody_named_is_disowned() {
+    let mut bench = settled();
+    bench.port(13, "spare1", Role::Aside);
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.evidence.elsewhere = Some((bench.now, 13));
+    bench.pass(secs(60));
+    assert_eq!(bench.state(KEY), Some(State::Moved));
+    assert_eq!(bench.releases(), 0);
+}
+
+#[test]
+fn the_more_there_are_the_less_often_each_is_looked_at() {
+    let mut bench = Bench::new(Policy {
+        silence: secs(2),
+        probe_rate: 4,
+        ..Policy::default()
+    });
+    for n in 1..=64 {
+        let mac = MacAddr([2, 0, 0, 0, 0, n]);
+        bench.lease(VM_PORT, mac, Ipv4Addr::new(10, 0, 0, n));
+    }
+    bench.vm_talks = true;
+    bench.pass(secs(100));
+    bench.seen.clear();
+    bench.pass(secs(200));
+    let probes = bench.probes();
+    assert!((700..900).contains(&probes), "{probes} in 200 seconds");
+}
+
+#[test]
+fn a_last_question_that_cannot_leave_is_asked_again() {
+    let mut bench = Bench::new(Policy::default());
+    bench.port(UPLINK, "up0", Role::Uplink);
+    bench.evidence.uplink_at = Some(bench.now + secs(10_000));
+    bench.lease(VM_PORT, VM, IP);
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(8));
+    assert_eq!(bench.probes(), 3, "all but the last");
+    bench.sends = false;
+    bench.pass(secs(60));
+    assert_eq!(bench.releases(), 0);
+    assert_eq!(bench.verdict(Gate::Dead), Verdict::Hold);
+    bench.sends = true;
+    bench.pass(secs(6));
+    assert_eq!(bench.releases(), 1);
+}
+
+/// The server behind a relay is not on the link: who is asked whether the way is open is the relay.
+#[test]
+fn the_relay_is_asked_for_a_server_behind_it() {
+    let relay = Ipv4Addr::new(192, 0, 2, 3);
+    let mut bench = Bench::new(Policy::default());
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        giaddr: Some(relay),
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    // A renewal goes past the relay, by whichever router.
+    bench.pass(secs(5));
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.message(Message {
+        source_mac: MacAddr([2, 0, 0, 0, 9, 9]),
+        ..bench.ack(VM_PORT, VM, IP)
+    });
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    let asked = bench.seen.iter().any(|action| {
+        matches!(action, Action::Control { probe } if (probe.ip, probe.mac) == (relay, SERVER_MAC))
+    });
+    assert!(asked, "{:?}", bench.seen);
+}
+
+#[test]
+fn a_vm_that_was_plugged_in_anew_is_followed() {
+    let mut bench = settled();
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.port(13, "vm1", Role::Vm);
+    bench.evidence.elsewhere = Some((bench.now, 13));
+    bench.pass(secs(10));
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+    assert_eq!(
+        bench.engine.bindings().next().map(|binding| binding.port),
+        Some(13)
+    );
+    assert_eq!(bench.releases(), 0);
+    // It dies there.
+    bench.evidence.elsewhere = None;
+    bench.tell(Event::PortDown {
+        port: 13,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(3));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn a_busy_vm_is_never_probed() {
+    let mut bench = settled();
+    for _ in 0..100 {
+        bench.evidence.port_at = Some(bench.now);
+        bench.pass(secs(10));
+    }
+    assert_eq!(bench.probes(), 0);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+}
+
+#[test]
+fn a_quiet_vm_that_answers_is_alive() {
+    let mut bench = settled();
+    bench.vm_talks = true;
+    bench.pass(secs(600));
+    assert!(bench.probes() >= 10, "it was asked: {}", bench.probes());
+    assert!(bench.notices().is_empty());
+}
+
+#[test]
+fn a_silent_vm_with_its_port_up_goes_the_slow_road() {
+    let mut bench = settled();
+    bench.pass(secs(30 + 20 + 2));
+    assert_eq!(bench.state(KEY), Some(State::Silent));
+    bench.pass(secs(270));
+    assert_eq!(bench.releases(), 0);
+    bench.pass(secs(40));
+    assert_eq!(bench.releases(), 1);
+}
+
+#[test]
+fn probes_that_are_sent_often_do_not_put_the_end_off() {
+    let mut bench = Bench::new(Policy {
+        probe_interval: Duration::from_millis(300),
+        hold_down: secs(5),
+        ..Policy::default()
+    });
+    bench.lease(VM_PORT, VM, IP);
+    bench.pass(secs(5));
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    bench.pass(secs(6));
+    assert_eq!(bench.releases(), 1, "{:?}", bench.notices());
+}
+
+/// The switches beyond still have the MAC at this node's port.
+#[test]
+fn where_there_is_an_uplink_everybody_is_asked_for_the_address() {
+    let mut bench = settled();
+    bench.port(UPLINK, "uplink0", Role::Uplink);
+    bench.tell(Event::PortDown {
+        port: VM_PORT,
+        loss: PortLoss::Deleted,
+    });
+    let asked = Action::Control {
+        probe: Probe {
+            via: ProbeVia::Segment(SEGMENT),
+            vlan: 0,
+            ip: IP,
+            mac: MacAddr::BROADCAST,
+        },
+    };
+    assert!(bench.seen.contains(&asked), "{:?}", bench.seen);
+}
