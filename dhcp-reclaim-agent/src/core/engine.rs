@@ -164,13 +164,13 @@ impl Engine {
             .bindings
             .values()
             .filter(|b| b.state == State::Bound && b.check == Check::Idle);
-        let sooner: Vec<(Key, Time)> = at_rest
+        let dues: Vec<(Key, Time)> = at_rest
             .filter_map(|binding| {
                 let due = (binding.last_seen.unwrap_or(now) + silence).max(now);
                 Some((binding.key, due.min(binding.due?)))
             })
             .collect();
-        for (key, due) in sooner {
+        for (key, due) in dues {
             self.schedule(key, due);
         }
     }

@@ -17,7 +17,7 @@ use super::{
     MacAddr, Message, MessageType, Notice, NoticeKind, Outcome, Policy, Port, PortLoss, Probe,
     ProbeVia, QueryAnswer, ReleaseOutcome, Role, SavedAlarm, State, Time, TransactionId, Vlan,
     Vlans,
-    binding::{Ask, Check, Speaker},
+    binding::{Ask, Check, Speaker, Watching},
     gates::{Gate, Override, Verdict},
 };
 
@@ -29,11 +29,17 @@ const VM: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 const OTHER: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
 const SERVER_MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xfe]);
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 254);
+const OTHER_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 253);
 const IP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+const OTHER_IP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 const KEY: Key = Key {
     segment: SEGMENT,
     vlan: 0,
     ip: IP,
+};
+const SECOND: Key = Key {
+    ip: OTHER_IP,
+    ..KEY
 };
 
 /// An engine with the wire in the test's hand. Looks are answered from `evidence`, probes leave.
@@ -201,6 +207,37 @@ impl Bench {
         }
     }
 
+    /// Lets time pass by `step` until it is so.
+    fn until(&mut self, step: Duration, done: impl Fn(&Self) -> bool) {
+        self.until_by(step, done, Self::pass);
+    }
+
+    /// The same, on an uplink that is heard all the time.
+    fn until_heard(&mut self, step: Duration, done: impl Fn(&Self) -> bool) {
+        self.until_by(step, done, Self::pass_heard);
+    }
+
+    fn until_by(
+        &mut self,
+        step: Duration,
+        done: impl Fn(&Self) -> bool,
+        pass: fn(&mut Self, Duration),
+    ) {
+        let limit = self.now + secs(10_000);
+        while !done(self) {
+            assert!(
+                self.now < limit,
+                "it does not come to that: {:?}",
+                self.notices()
+            );
+            pass(self, step);
+        }
+    }
+
+    fn lose(&mut self, port: IfIndex, loss: PortLoss) {
+        self.tell(Event::PortDown { port, loss });
+    }
+
     fn message(&mut self, message: Message) {
         self.tell(Event::Message(message));
     }
@@ -248,6 +285,38 @@ impl Bench {
         }
     }
 
+    fn nak(&self, port: IfIndex, mac: MacAddr, ip: Ipv4Addr) -> Message {
+        Message {
+            kind: MessageType::Nak,
+            yiaddr: None,
+            ..self.ack(port, mac, ip)
+        }
+    }
+
+    /// A RELEASE of the guest's own.
+    fn release_of(&self, port: IfIndex, mac: MacAddr, ip: Ipv4Addr) -> Message {
+        Message {
+            kind: MessageType::Release,
+            ciaddr: Some(ip),
+            requested_ip: None,
+            ..self.request(port, mac, ip)
+        }
+    }
+
+    fn gives_back(&mut self, port: IfIndex, mac: MacAddr, ip: Ipv4Addr) {
+        self.message(self.release_of(port, mac, ip));
+    }
+
+    /// An ACK as the uplink shows it.
+    fn ack_beyond(&mut self, mac: MacAddr, ip: Ipv4Addr) {
+        self.message(Message {
+            port: UPLINK,
+            role: Role::Uplink,
+            direction: Direction::FromPort,
+            ..self.ack(UPLINK, mac, ip)
+        });
+    }
+
     fn lease(&mut self, port: IfIndex, mac: MacAddr, ip: Ipv4Addr) {
         self.message(self.request(port, mac, ip));
         self.message(self.ack(port, mac, ip));
@@ -269,17 +338,35 @@ impl Bench {
     }
 
     fn releases(&self) -> usize {
-        self.seen
-            .iter()
-            .filter(|action| matches!(action, Action::Release { .. }))
-            .count()
+        self.count_of(|action| matches!(action, Action::Release { .. }))
     }
 
     fn probes(&self) -> usize {
-        self.seen
-            .iter()
-            .filter(|action| matches!(action, Action::Probe { .. }))
-            .count()
+        self.count_of(|action| matches!(action, Action::Probe { .. }))
+    }
+
+    fn looks(&self) -> usize {
+        self.count_of(|action| matches!(action, Action::Look { .. }))
+    }
+
+    fn queries(&self) -> usize {
+        self.count_of(|action| matches!(action, Action::Query { .. }))
+    }
+
+    /// How often an address was armed, at its own port or everywhere.
+    fn arms(&self, wanted: bool) -> usize {
+        self.count_of(|it| matches!(it, Action::Arm { everywhere, .. } if *everywhere == wanted))
+    }
+
+    fn count_of(&self, wanted: impl Fn(&Action) -> bool) -> usize {
+        self.seen.iter().filter(|action| wanted(action)).count()
+    }
+
+    fn watching(&self) -> Watching {
+        match self.engine.binding(KEY).map(|binding| binding.check) {
+            Some(Check::Watching(watching)) => watching,
+            check => panic!("{check:?}"),
+        }
     }
 
     fn verdict(&self, gate: Gate) -> Verdict {
@@ -378,13 +465,8 @@ const PORTS: [(IfIndex, &str); 2] = [(VM_PORT, "vm1"), (OTHER_PORT, "vm2")];
 fn released(answer: Option<QueryAnswer>) -> Bench {
     let mut bench = settled();
     bench.lease_query = answer;
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
-    while bench.releases() == 0 {
-        bench.pass(Duration::from_millis(100));
-    }
+    bench.lose(VM_PORT, PortLoss::Deleted);
+    bench.until(Duration::from_millis(100), |bench| bench.releases() > 0);
     assert_eq!(bench.state(KEY), Some(State::Released));
     bench
 }
@@ -430,22 +512,15 @@ fn names_are_those_of_the_documents() {
 #[test]
 fn another_policy_looks_at_nobody_who_has_ended() {
     let mut bench = settled();
-    bench.message(Message {
-        kind: MessageType::Release,
-        ciaddr: Some(IP),
-        requested_ip: None,
-        ..bench.request(VM_PORT, VM, IP)
-    });
+    bench.gives_back(VM_PORT, VM, IP);
     let due = |bench: &Bench| bench.engine.binding(KEY).and_then(|it| it.due);
     let before = due(&bench);
     bench.engine.set_policy(Policy::default(), bench.now);
     assert_eq!(due(&bench), before);
     // Nor at one whose watch has its own times.
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.until(Duration::from_millis(100), |bench| bench.probes() > 0);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
     let before = due(&bench);
     bench.engine.set_policy(Policy::default(), bench.now);
     assert_eq!(due(&bench), before);
@@ -468,10 +543,7 @@ fn another_policy_holds_from_now_on() {
     bench.pass(secs(5));
     assert!(bench.probes() > 0, "it has been silent for more than 30 s");
 
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.engine.set_policy(
         Policy {
             hold_down: secs(60),

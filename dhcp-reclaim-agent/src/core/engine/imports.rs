@@ -394,13 +394,13 @@ impl Engine {
         let waiting = self.imports.waiting.iter();
         let of_segment = waiting
             .filter(|(key, _)| key.segment == segment && !self.imports.open.contains_key(key));
-        let sooner: Vec<(Key, Time)> = of_segment
+        let turns: Vec<(Key, Time)> = of_segment
             .filter_map(|(key, it)| {
                 let at = (it.searched_at? + AGAIN).max(now);
                 Some((*key, at.min(it.again_at)))
             })
             .collect();
-        for (key, at) in sooner {
+        for (key, at) in turns {
             self.imports.enqueue(key, at);
         }
     }

@@ -698,7 +698,8 @@ impl Engine {
             let silence = silence - early(key, seen, silence / 2);
             let due = (seen + silence).max(now + Duration::from_millis(1));
             // Those that are due at nearly the same time are looked at in one go.
-            Time::from_nanos(due.as_nanos().next_multiple_of(TOGETHER))
+            let together = due.as_nanos().checked_next_multiple_of(TOGETHER);
+            Time::from_nanos(together.unwrap_or(u64::MAX))
         };
         let end = binding
             .expires

@@ -3,28 +3,8 @@
 use super::*;
 use crate::core::binding::{Binding, Doubt};
 
-const OTHER_IP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
-const OTHER_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 253);
-
 fn binding(bench: &Bench) -> &Binding {
     bench.engine.binding(KEY).expect("the binding is known")
-}
-
-fn leaves(bench: &mut Bench) {
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
-}
-
-/// An uplink, and what its server sends by it.
-fn beyond(bench: &mut Bench, mac: MacAddr, ip: Ipv4Addr) {
-    bench.message(Message {
-        port: UPLINK,
-        role: Role::Uplink,
-        direction: Direction::FromPort,
-        ..bench.ack(UPLINK, mac, ip)
-    });
 }
 
 /// RFC 4039: the DISCOVER names no address, and the ACK follows at once.
@@ -116,12 +96,7 @@ fn who_asks_for_a_lease_that_two_had_has_it_with_another_only_by_the_same_name()
         } else {
             (VM_PORT, VM)
         };
-        bench.message(Message {
-            kind: MessageType::Release,
-            ciaddr: Some(IP),
-            requested_ip: None,
-            ..bench.request(port, mac, IP)
-        });
+        bench.gives_back(port, mac, IP);
         assert_eq!(bench.state(KEY), Some(State::Withdrawn));
         bench.message(Message {
             client_id,
@@ -188,12 +163,7 @@ fn a_renewal_is_told_as_one_and_as_nothing_else() {
 #[test]
 fn what_was_given_back_is_the_next_ones_alone() {
     let mut bench = settled();
-    bench.message(Message {
-        kind: MessageType::Release,
-        ciaddr: Some(IP),
-        requested_ip: None,
-        ..bench.request(VM_PORT, VM, IP)
-    });
+    bench.gives_back(VM_PORT, VM, IP);
     // By rapid commit, so that no REQUEST for it has taken its place.
     rapid_commit(&mut bench, OTHER_PORT, OTHER, IP, true);
     assert_eq!(bench.state(KEY), Some(State::Bound));
@@ -204,7 +174,7 @@ fn what_was_given_back_is_the_next_ones_alone() {
 fn a_lease_that_is_found_elsewhere_moves_with_its_mac_and_is_withdrawn_for_another() {
     for (mac, ends) in [(VM, NoticeKind::Moved), (OTHER, NoticeKind::Withdrawn)] {
         let mut bench = settled();
-        leaves(&mut bench);
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.seen.clear();
         bench.lease(OTHER_PORT, mac, IP);
         let notices = bench.notices();
@@ -259,7 +229,7 @@ fn an_answer_that_only_the_uplink_shows_is_the_askers_on_its_bridge() {
             role: Role::Uplink,
         }));
         bench.message(bench.request(VM_PORT, VM, IP));
-        beyond(&mut bench, VM, IP);
+        bench.ack_beyond(VM, IP);
         let expected = match segment {
             SEGMENT => State::Bound,
             _ => State::Requested,
@@ -278,7 +248,7 @@ fn the_same_ack_by_the_uplink_is_no_news_and_another_is() {
         bench.lease(VM_PORT, VM, IP);
         bench.seen.clear();
         bench.now = bench.now + Duration::from_millis(millis);
-        beyond(&mut bench, VM, IP);
+        bench.ack_beyond(VM, IP);
         assert_eq!(count(&bench, NoticeKind::Conflict), conflicts, "{millis}");
         assert_eq!(bench.state(KEY), Some(State::Bound));
     }
@@ -296,9 +266,9 @@ fn a_lease_beyond_the_uplink_ends_it_and_is_shared_with_one_that_lives() {
         bench.lease(VM_PORT, VM, IP);
         bench.pass(secs(5));
         if !lives {
-            leaves(&mut bench);
+            bench.lose(VM_PORT, PortLoss::Deleted);
         }
-        beyond(&mut bench, mac, IP);
+        bench.ack_beyond(mac, IP);
         assert_eq!(bench.state(KEY), Some(ends), "{lives} {mac}");
         assert_eq!(binding(&bench).shared, shared, "{lives} {mac}");
     }
@@ -369,10 +339,7 @@ fn an_ack_that_nobody_asked_for_shortens_a_lease_and_puts_it_in_doubt_for_anothe
 #[test]
 fn a_vm_that_speaks_dhcp_is_alive() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::CarrierLost,
-    });
+    bench.lose(VM_PORT, PortLoss::CarrierLost);
     assert_eq!(bench.state(KEY), Some(State::Silent));
     bench.message(Message {
         kind: MessageType::Inform,
@@ -419,12 +386,7 @@ fn server_mac(bench: &mut Bench, server: Ipv4Addr) -> Option<MacAddr> {
         ..bench.request(VM_PORT, VM, IP)
     });
     let found = binding(bench).server_mac;
-    bench.message(Message {
-        kind: MessageType::Release,
-        ciaddr: Some(IP),
-        requested_ip: None,
-        ..bench.request(VM_PORT, VM, IP)
-    });
+    bench.gives_back(VM_PORT, VM, IP);
     found
 }
 
@@ -472,7 +434,7 @@ fn so_many_relays_are_known_by_what_they_pass_on() {
         offer(&mut bench, SERVER, mac, Some(relay));
         bench.lease(VM_PORT, VM, IP);
         bench.pass(secs(5));
-        leaves(&mut bench);
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.seen.iter().any(|action| {
             matches!(action, Action::Control { probe } if (probe.ip, probe.mac) == (relay, mac))
         })
@@ -570,10 +532,7 @@ fn what_the_guest_ends_itself_is_never_released() {
             ..bench.request(VM_PORT, VM, IP)
         });
         assert_eq!(bench.state(KEY), Some(state));
-        bench.tell(Event::PortDown {
-            port: VM_PORT,
-            loss: PortLoss::Deleted,
-        });
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.pass(secs(60));
         assert_eq!(bench.releases(), 0);
     }
@@ -583,11 +542,7 @@ fn what_the_guest_ends_itself_is_never_released() {
 fn a_nak_ends_it() {
     let mut bench = settled();
     bench.message(bench.request(VM_PORT, VM, IP));
-    bench.message(Message {
-        kind: MessageType::Nak,
-        yiaddr: None,
-        ..bench.ack(VM_PORT, VM, IP)
-    });
+    bench.message(bench.nak(VM_PORT, VM, IP));
     assert_eq!(bench.state(KEY), Some(State::Refused));
 }
 
@@ -659,10 +614,7 @@ fn an_ambiguous_message_holds() {
         ambiguous: true,
         ..bench.request(VM_PORT, VM, IP)
     });
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(60));
     assert_eq!(bench.releases(), 0);
     assert_eq!(bench.state(KEY), Some(State::Gone));
@@ -700,10 +652,7 @@ fn a_lease_that_ran_out_in_doubt_is_not_a_neighbours() {
     // Its renewal may be what was lost, so a neighbour in its MAC's name binds nothing.
     bench.lease(OTHER_PORT, VM, IP);
     assert_eq!(bench.state(KEY), Some(State::Expired));
-    bench.tell(Event::PortDown {
-        port: OTHER_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(OTHER_PORT, PortLoss::Deleted);
     bench.pass(secs(600));
     assert_eq!(bench.releases(), 0);
 }
@@ -756,10 +705,7 @@ fn by_request_alone_an_address_must_be_seen_alive() {
         };
         assert_eq!(bench.state(KEY), Some(state));
         bench.vm_talks = false;
-        bench.tell(Event::PortDown {
-            port: VM_PORT,
-            loss: PortLoss::Deleted,
-        });
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.pass(secs(60));
         assert_eq!(bench.releases(), usize::from(talks));
     }
@@ -797,10 +743,7 @@ fn a_lease_in_its_macs_name_at_another_port_moves_nothing() {
     assert_eq!((binding.port, binding.state), (VM_PORT, State::Bound));
     assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
     // The attacker dies, and later the silent owner: neither is released.
-    bench.tell(Event::PortDown {
-        port: OTHER_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(OTHER_PORT, PortLoss::Deleted);
     bench.pass(secs(600));
     assert_eq!(bench.releases(), 0);
 }
@@ -824,7 +767,7 @@ fn a_lease_to_its_mac_at_another_port_is_settled_by_an_ack_and_not_by_frames() {
     bench.lease(OTHER_PORT, VM, IP);
     bench.vm_talks = false;
     let (port, loss) = (VM_PORT, PortLoss::Deleted);
-    bench.tell(Event::PortDown { port, loss });
+    bench.lose(port, loss);
     bench.pass(Duration::from_millis(500));
     bench.evidence.elsewhere = Some((bench.now, OTHER_PORT));
     bench.pass(secs(1));
@@ -851,7 +794,7 @@ fn who_asks_in_the_name_of_one_whose_renewal_was_lost_does_not_come_to_own_its_l
     );
     bench.vm_talks = false;
     let (port, loss) = (OTHER_PORT, PortLoss::Deleted);
-    bench.tell(Event::PortDown { port, loss });
+    bench.lose(port, loss);
     bench.pass(secs(60));
     assert_eq!(bench.releases(), 0);
     // Once it renews by its own port, all is as before.
@@ -875,7 +818,7 @@ fn one_that_was_seen_and_whose_ack_was_not_is_nobody_elses_either() {
     let binding = bench.engine.bindings().next().expect("one binding");
     assert_eq!(binding.port, VM_PORT);
     let (port, loss) = (OTHER_PORT, PortLoss::Deleted);
-    bench.tell(Event::PortDown { port, loss });
+    bench.lose(port, loss);
     bench.pass(secs(600));
     assert_eq!(bench.releases(), 0);
 }
@@ -914,12 +857,7 @@ fn who_only_asked_for_an_address_does_not_share_it() {
 fn a_lease_that_two_had_is_remembered_until_it_ends() {
     let mut bench = settled();
     bench.lease(OTHER_PORT, OTHER, IP);
-    bench.message(Message {
-        kind: MessageType::Release,
-        ciaddr: Some(IP),
-        requested_ip: None,
-        ..bench.request(OTHER_PORT, OTHER, IP)
-    });
+    bench.gives_back(OTHER_PORT, OTHER, IP);
     assert_eq!(bench.state(KEY), Some(State::Withdrawn));
     bench.pass(secs(3500));
     assert_eq!(bench.state(KEY), Some(State::Withdrawn));
@@ -935,10 +873,7 @@ fn an_address_that_two_stations_were_given_is_never_released() {
     // A renewal does not tell the other one's end either.
     bench.pass(secs(60));
     bench.lease(OTHER_PORT, OTHER, IP);
-    bench.tell(Event::PortDown {
-        port: OTHER_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(OTHER_PORT, PortLoss::Deleted);
     bench.pass(secs(600));
     assert_eq!((bench.releases(), bench.state(KEY)), (0, Some(State::Gone)));
 }
@@ -949,11 +884,7 @@ fn what_was_never_granted_is_soon_forgotten() {
     for n in 1..=200 {
         let ip = Ipv4Addr::new(10, 0, 1, n);
         bench.message(bench.request(VM_PORT, VM, ip));
-        bench.message(Message {
-            kind: MessageType::Nak,
-            yiaddr: None,
-            ..bench.ack(VM_PORT, VM, ip)
-        });
+        bench.message(bench.nak(VM_PORT, VM, ip));
     }
     assert_eq!(bench.engine.bindings().count(), 200);
     bench.pass(secs(11));

@@ -66,10 +66,7 @@ fn one_that_is_seen_alive_here_is_a_binding_and_can_be_released() {
     assert_eq!(binding.since, found_at);
     bench.lives_at = None;
     bench.pass(secs(10));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(290));
     assert_eq!(
         bench.releases(),
@@ -93,10 +90,7 @@ fn one_whose_vm_was_never_seen_is_never_released() {
     let mut bench = Bench::new(Policy::default());
     import(&mut bench, vec![told(1, VM)]);
     for round in 0..4 {
-        bench.tell(Event::PortDown {
-            port: VM_PORT,
-            loss: PortLoss::Deleted,
-        });
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.pass(secs(300));
         assert!(is_hearsay(&bench), "round {round}");
         assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
@@ -262,12 +256,7 @@ fn who_is_told_of_and_who_is_known_are_two() {
     assert!(bench.engine.told_of().is_empty());
     assert!(bench.engine.knows(SEGMENT, VM));
     assert!(!bench.engine.knows(SEGMENT, OTHER));
-    bench.message(Message {
-        kind: MessageType::Release,
-        ciaddr: Some(IP),
-        requested_ip: None,
-        ..bench.request(VM_PORT, VM, IP)
-    });
+    bench.gives_back(VM_PORT, VM, IP);
     assert!(!bench.engine.knows(SEGMENT, VM), "it has given it up");
 }
 

@@ -67,27 +67,14 @@ fn nothing_of_what_was_released_is_lost_either() {
         }),
         ..saved(State::Released)
     };
-    let bench = next(&saved);
-    let restored = bench.engine.saved(KEY).and_then(|it| it.released);
-    let released = saved.released.expect("it was");
-    let SavedRelease {
-        at,
-        outcome,
-        vigil_until,
-        alarmed,
-        ..
-    } = restored.expect("it is still");
-    assert_eq!(
-        (at, outcome, vigil_until, alarmed),
-        (released.at, released.outcome, released.vigil_until, true)
-    );
+    assert_eq!(next(&saved).engine.saved(KEY).as_ref(), Some(&saved));
     // Its time is over the moment it ends.
     let over = Saved {
-        released: Some(SavedRelease {
+        released: saved.released.map(|released| SavedRelease {
             vigil_until: Some(Time::ZERO + secs(1000)),
             ..released
         }),
-        ..saved.clone()
+        ..saved
     };
     let bench = next(&over);
     let vigil = bench.engine.binding(KEY).map(|it| it.vigil.is_some());
@@ -99,10 +86,7 @@ fn nothing_of_what_was_released_is_lost_either() {
 fn a_dry_run_leaves_nothing_to_remember() {
     let mut bench = settled();
     bench.outcome = ReleaseOutcome::DryRun;
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(10));
     assert_eq!(bench.releases(), 1);
     assert_eq!(bench.state(KEY), Some(State::Released));
@@ -195,7 +179,7 @@ fn a_binding_whose_port_is_there_is_taken_over_and_looked_at_soon() {
     // It is as it was: its port goes, and so does it.
     bench.vm_talks = false;
     let (port, loss) = (VM_PORT, PortLoss::Deleted);
-    bench.tell(Event::PortDown { port, loss });
+    bench.lose(port, loss);
     bench.pass(secs(3));
     assert_eq!(bench.releases(), 1);
 }
@@ -224,10 +208,7 @@ fn a_binding_whose_port_has_no_carrier_at_the_start_takes_the_slow_road() {
     let bench = settled();
     let mut next = Bench::new(Policy::default());
     next.now = bench.now;
-    next.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::CarrierLost,
-    });
+    next.lose(VM_PORT, PortLoss::CarrierLost);
     let saved = bench.engine.saved(KEY).expect("it is live");
     next.engine.restore(vec![saved], next.now);
     next.carry_out();
@@ -241,19 +222,13 @@ fn a_binding_whose_port_has_no_carrier_at_the_start_takes_the_slow_road() {
 #[test]
 fn what_is_told_after_a_time_without_the_agent_takes_the_slow_road() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.lease(OTHER_PORT, OTHER, Ipv4Addr::new(10, 0, 0, 2));
     bench.pass(secs(1));
     bench.tell(Event::Overslept {
         suspended: secs(1800),
     });
-    bench.tell(Event::PortDown {
-        port: OTHER_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(OTHER_PORT, PortLoss::Deleted);
     bench.pass(secs(299));
     assert_eq!(bench.releases(), 0, "they may have been started elsewhere");
     bench.pass(secs(2));
@@ -264,7 +239,7 @@ fn what_is_told_after_a_time_without_the_agent_takes_the_slow_road() {
 fn a_port_that_goes_before_its_vm_was_seen_again_takes_the_slow_road() {
     let mut bench = after_restart(&settled(), &PORTS);
     let (port, loss) = (VM_PORT, PortLoss::Deleted);
-    bench.tell(Event::PortDown { port, loss });
+    bench.lose(port, loss);
     bench.pass(secs(299));
     assert_eq!(bench.releases(), 0, "it may have asked behind a new port");
     bench.pass(secs(2));
@@ -291,7 +266,7 @@ fn a_binding_whose_vm_has_a_new_port_is_found_there() {
 fn an_intent_is_saved_before_its_frame_and_never_sent_again() {
     let mut bench = settled();
     let (port, loss) = (VM_PORT, PortLoss::Deleted);
-    bench.tell(Event::PortDown { port, loss });
+    bench.lose(port, loss);
     bench.pass(Duration::from_millis(1990));
     bench.now = bench.now + secs(1);
     bench.engine.handle_timeout(bench.now);
@@ -345,7 +320,7 @@ fn an_intent_is_saved_before_its_frame_and_never_sent_again() {
 fn released_before_restart(ago: Duration) -> Bench {
     let mut bench = settled();
     let (port, loss) = (VM_PORT, PortLoss::Deleted);
-    bench.tell(Event::PortDown { port, loss });
+    bench.lose(port, loss);
     bench.pass(secs(3));
     assert_eq!(
         (bench.releases(), bench.state(KEY)),
@@ -486,7 +461,7 @@ fn a_record_that_is_read_again_changes_nothing() {
     let mut bench = after_restart(&bench, &PORTS);
     bench.message(release);
     let (port, loss) = (VM_PORT, PortLoss::Deleted);
-    bench.tell(Event::PortDown { port, loss });
+    bench.lose(port, loss);
     bench.pass(secs(100));
     assert_eq!((bench.releases(), bench.engine.live()), (0, 0));
 }

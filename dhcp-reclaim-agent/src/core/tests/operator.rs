@@ -13,10 +13,7 @@ fn held_by(bench: &Bench, gate: Gate) -> bool {
 fn while_paused_the_dead_are_noticed_and_nothing_is_released() {
     let mut bench = settled();
     bench.engine.pause("an upgrade".to_owned(), bench.now);
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(60));
     assert_eq!(bench.releases(), 0);
     assert_eq!(bench.state(KEY), Some(State::Gone));
@@ -45,10 +42,7 @@ fn resume_closes_the_breaker() {
     });
     bench.lease(VM_PORT, VM, IP);
     bench.pass(secs(5));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(60));
     assert!(held_by(&bench, Gate::Breaker));
     assert_eq!(bench.releases(), 0);
@@ -125,10 +119,7 @@ fn who_is_asked_is_alive_or_silent() {
 #[test]
 fn a_question_counts_for_no_death_and_is_no_flood() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     let watching = |bench: &Bench| match bench.engine.bindings_of(IP).next().unwrap().check {
         Check::Watching(watching) => (watching.probes, watching.probed_at),
         check => panic!("{check:?}"),
@@ -166,12 +157,7 @@ fn only_what_is_leased_can_be_asked() {
     assert_eq!(asked, Err(AskError::NotLeased(State::Requested)));
     let mut bench = settled();
     assert_eq!(bench.engine.ask(KEY, bench.now), Ok(()));
-    bench.message(Message {
-        kind: MessageType::Release,
-        ciaddr: Some(IP),
-        requested_ip: None,
-        ..bench.request(VM_PORT, VM, IP)
-    });
+    bench.gives_back(VM_PORT, VM, IP);
     assert_eq!(bench.state(KEY), Some(State::Withdrawn));
     bench.pass(secs(2));
     assert!(matches!(
@@ -182,7 +168,7 @@ fn only_what_is_leased_can_be_asked() {
 
 #[test]
 fn a_release_that_is_asked_for_goes_through_the_gates() {
-    // Bound, and its port up: all that can be done early is to ask, which takes seconds then.
+    // Bound, and its port up: all that can be done early is to ask, which takes SECONDs then.
     let mut bench = settled();
     let began = bench.now;
     ask_release(&mut bench, &[]);
@@ -301,33 +287,22 @@ fn an_earlier_agents_pause_goes_on() {
     assert!(bench.notices().is_empty(), "it is no news");
 }
 
-fn arms(bench: &Bench, wanted: bool) -> usize {
-    let arms = bench
-        .seen
-        .iter()
-        .filter(|action| matches!(action, Action::Arm { everywhere, .. } if *everywhere == wanted));
-    arms.count()
-}
-
 /// A RELEASE needs a silence that was watched at every port; one that was is not begun anew.
 #[test]
 fn a_release_that_is_asked_for_is_watched_everywhere_once() {
     let mut bench = settled();
     bench.engine.ask(KEY, bench.now).unwrap();
     bench.carry_out();
-    assert_eq!((arms(&bench, false), arms(&bench, true)), (1, 0));
+    assert_eq!((bench.arms(false), bench.arms(true)), (1, 0));
     bench.pass(secs(2));
     ask_release(&mut bench, &[]);
-    assert_eq!((arms(&bench, false), arms(&bench, true)), (1, 1));
+    assert_eq!((bench.arms(false), bench.arms(true)), (1, 1));
 
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
-    assert_eq!(arms(&bench, true), 1);
+    bench.lose(VM_PORT, PortLoss::Deleted);
+    assert_eq!(bench.arms(true), 1);
     ask_release(&mut bench, &[]);
-    assert_eq!(arms(&bench, true), 1);
+    assert_eq!(bench.arms(true), 1);
 }
 
 /// Three probes in a row that count are apart, however impatient a person is.
@@ -336,10 +311,7 @@ fn who_cannot_wait_sends_no_probe_that_counts_before_the_last_is_answered() {
     let wait = Policy::default().probe_wait;
     let asked_after = |rest: Duration, closing: bool| {
         let mut bench = settled();
-        bench.tell(Event::PortDown {
-            port: VM_PORT,
-            loss: PortLoss::CarrierLost,
-        });
+        bench.lose(VM_PORT, PortLoss::CarrierLost);
         if closing {
             // The port is back, and goes again: what came by it meanwhile is not looked at yet.
             for event in [
@@ -377,13 +349,8 @@ fn who_cannot_wait_sends_no_probe_that_counts_before_the_last_is_answered() {
     // As many as are needed have left: no more of them count.
     let mut bench = settled();
     bench.engine.pause("an upgrade".to_owned(), bench.now);
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
-    while bench.probes() < 3 {
-        bench.pass(Duration::from_millis(100));
-    }
+    bench.lose(VM_PORT, PortLoss::Deleted);
+    bench.until(Duration::from_millis(100), |bench| bench.probes() >= 3);
     bench.now = bench.now + wait;
     ask_release(&mut bench, &[]);
     assert_eq!(bench.probes(), 3);
@@ -408,13 +375,7 @@ fn the_first_look_after_a_question_is_no_look_of_the_watch() {
     bench.carry_out();
     let looked_at = |bench: &Bench| bench.engine.binding(KEY).unwrap().evidence.clone();
     let before = looked_at(&bench);
-    let looks = |bench: &Bench| {
-        let is_look = |action: &&Action| matches!(action, Action::Look { .. });
-        bench.seen.iter().filter(is_look).count()
-    };
-    while looks(&bench) == 0 {
-        bench.pass(Duration::from_millis(10));
-    }
+    bench.until(Duration::from_millis(10), |bench| bench.looks() > 0);
     assert_eq!(looked_at(&bench), before);
     bench.pass(secs(2));
     assert_ne!(looked_at(&bench), before);
@@ -422,26 +383,13 @@ fn the_first_look_after_a_question_is_no_look_of_the_watch() {
 
 #[test]
 fn who_was_kept_for_long_is_asked_before_an_order_is_followed() {
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(secs(10));
-    bench.engine.pause("an upgrade".to_owned(), bench.now);
-    bench.carry_out();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
-    bench.pass_heard(secs(20));
+    let mut bench = super::release::kept();
     let probes = bench.probes();
-    while bench.probes() == probes {
-        bench.pass_heard(secs(1));
-    }
+    bench.until_heard(secs(1), |bench| bench.probes() > probes);
     bench.pass_heard(secs(3));
     let probes = bench.probes();
     ask_release(&mut bench, &[Gate::Paused]);
-    while bench.releases() == 0 {
-        bench.pass_heard(Duration::from_millis(100));
-    }
+    bench.until_heard(Duration::from_millis(100), |bench| bench.releases() > 0);
     assert_eq!(bench.probes(), probes + 1);
 }
 
@@ -452,16 +400,12 @@ fn who_must_wait_for_a_turn_only_is_released_at_it() {
         burst: 1,
         ..Policy::default()
     });
-    let second = Key {
-        ip: Ipv4Addr::new(10, 0, 0, 2),
-        ..KEY
-    };
     bench.lease(VM_PORT, VM, IP);
-    bench.lease(OTHER_PORT, OTHER, second.ip);
+    bench.lease(OTHER_PORT, OTHER, SECOND.ip);
     bench.pass(secs(5));
     let asked = bench
         .engine
-        .ask_release(second, force(&[Gate::HoldDown]), bench.now);
+        .ask_release(SECOND, force(&[Gate::HoldDown]), bench.now);
     assert_eq!(asked, Ok(()));
     ask_release(&mut bench, &[Gate::HoldDown]);
     bench.pass(secs(5));
@@ -477,13 +421,9 @@ fn who_must_wait_for_a_turn_only_is_released_at_it() {
 #[test]
 fn each_question_has_an_answer_of_its_own() {
     let mut bench = settled();
-    let second = Key {
-        ip: Ipv4Addr::new(10, 0, 0, 2),
-        ..KEY
-    };
-    bench.lease(OTHER_PORT, OTHER, second.ip);
+    bench.lease(OTHER_PORT, OTHER, SECOND.ip);
     bench.pass(secs(1));
-    for key in [KEY, second] {
+    for key in [KEY, SECOND] {
         bench.engine.ask(key, bench.now).unwrap();
         bench.carry_out();
         bench.pass(Duration::from_millis(300));
@@ -497,5 +437,5 @@ fn each_question_has_an_answer_of_its_own() {
             _ => None,
         })
         .collect();
-    assert_eq!(answered, [KEY, second]);
+    assert_eq!(answered, [KEY, SECOND]);
 }

@@ -2,13 +2,6 @@
 
 use super::*;
 
-const OTHER_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 253);
-
-fn queries(bench: &Bench) -> usize {
-    let is_query = |action: &&Action| matches!(action, Action::Query { .. });
-    bench.seen.iter().filter(is_query).count()
-}
-
 fn answered(bench: &mut Bench, server: Ipv4Addr, answer: QueryAnswer) {
     bench.tell(Event::Queried {
         key: KEY,
@@ -62,10 +55,7 @@ fn lease_all(bench: &mut Bench, count: u16, servers: bool) {
 
 fn all_die(bench: &mut Bench, count: u16) {
     for n in 0..count {
-        bench.tell(Event::PortDown {
-            port: nth(n).0,
-            loss: PortLoss::Deleted,
-        });
+        bench.lose(nth(n).0, PortLoss::Deleted);
     }
 }
 
@@ -83,6 +73,13 @@ fn so_many_are_looked_after_at_once_and_others_after_them() {
     let counters = bench.engine.counters();
     assert_eq!(counters["releases_sent"], 6 * u64::from(ROUND));
     assert_eq!(counters["vigils_refused"], 0);
+
+    let mut bench = crowd(2049, false);
+    all_die(&mut bench, 2049);
+    bench.pass(secs(10));
+    let counters = bench.engine.counters();
+    assert_eq!(counters["releases_sent"], 2049);
+    assert_eq!(counters["vigils_refused"], 1);
 }
 
 #[test]
@@ -210,12 +207,7 @@ fn who_asks_next_stands_for_the_release_that_nobody_knows_of() {
     }
     // And one that was never released stands for nothing.
     let mut bench = settled();
-    bench.message(Message {
-        kind: MessageType::Release,
-        ciaddr: Some(IP),
-        requested_ip: None,
-        ..bench.request(VM_PORT, VM, IP)
-    });
+    bench.gives_back(VM_PORT, VM, IP);
     bench.message(bench.request(OTHER_PORT, OTHER, IP));
     assert_eq!(bench.engine.binding(KEY).map(|it| it.after), Some(None));
 }
@@ -231,19 +223,11 @@ fn a_lease_to_another_verifies_what_was_sent_and_nothing_else() {
         let mut bench = settled();
         bench.lease_query = None;
         bench.outcome = sent;
-        bench.tell(Event::PortDown {
-            port: VM_PORT,
-            loss: PortLoss::Deleted,
-        });
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.pass(secs(5));
         assert_eq!(bench.state(KEY), Some(State::Released));
         bench.port(UPLINK, "eth0", Role::Uplink);
-        bench.message(Message {
-            port: UPLINK,
-            role: Role::Uplink,
-            direction: Direction::FromPort,
-            ..bench.ack(UPLINK, mac, IP)
-        });
+        bench.ack_beyond(mac, IP);
         assert_eq!(
             count(&bench, NoticeKind::Verified),
             verified,
@@ -272,7 +256,7 @@ fn a_server_that_nobody_knows_is_asked_one_question_at_a_time() {
     all_die(&mut bench, 3);
     bench.pass(secs(10));
     assert_eq!(bench.releases(), 3);
-    assert_eq!(queries(&bench), 1);
+    assert_eq!(bench.queries(), 1);
     // It answers: the others are asked too, and nobody waits for the one before.
     let (.., ip, _) = nth(0);
     bench.tell(Event::Queried {
@@ -281,7 +265,7 @@ fn a_server_that_nobody_knows_is_asked_one_question_at_a_time() {
         answer: QueryAnswer::Unassigned,
     });
     bench.pass(secs(2));
-    assert_eq!(queries(&bench), 3);
+    assert_eq!(bench.queries(), 3);
 }
 
 /// Two questions are lost, and the second finds that the server is being left alone already.
@@ -328,7 +312,7 @@ fn one_that_answers_is_asked_for_each_where_no_other_is_asked() {
     bench.lease_query = None;
     all_die(&mut bench, 66);
     bench.pass(secs(20));
-    assert_eq!((bench.releases(), queries(&bench)), (66, 64));
+    assert_eq!((bench.releases(), bench.queries()), (66, 64));
     let (.., ip, _) = nth(0);
     bench.tell(Event::Queried {
         key: Key { ip, ..KEY },
@@ -336,7 +320,7 @@ fn one_that_answers_is_asked_for_each_where_no_other_is_asked() {
         answer: QueryAnswer::Unassigned,
     });
     bench.pass(secs(2));
-    assert_eq!(queries(&bench), 66);
+    assert_eq!(bench.queries(), 66);
 }
 
 #[test]
@@ -346,23 +330,35 @@ fn so_many_servers_are_asked_at_once() {
     all_die(&mut bench, 65);
     bench.pass(secs(30));
     assert_eq!(bench.releases(), 65);
-    assert_eq!(queries(&bench), 64);
+    assert_eq!(bench.queries(), 64);
 }
 
 /// One that does not answer is left alone for an hour, and not for a moment longer.
 #[test]
 fn the_silent_are_left_alone_for_an_hour_and_forgotten_after_it() {
+    let hour = secs(3600);
+    let moment = Duration::from_nanos(1);
+    // Dies shortly before it is over, and is looked after at its end.
     let look = |silent: &dyn Fn(&mut Bench), after: Duration| {
-        let mut bench = released(None);
+        let mut bench = settled();
+        bench.lease_query = None;
+        let began = bench.now;
         silent(&mut bench);
-        let at = bench.now + after;
+        bench.vm_talks = true;
+        bench.pass(secs(1800));
+        bench.lease(VM_PORT, VM, IP);
+        bench.pass(secs(1790));
+        bench.vm_talks = false;
+        bench.lose(VM_PORT, PortLoss::Deleted);
+        bench.pass((began + hour).since(bench.now) - moment);
         let evidence = Event::Evidence {
             key: KEY,
             evidence: bench.evidence,
         };
-        bench.engine.handle(evidence, at);
-        bench.carry_out();
-        queries(&bench)
+        bench.now = began + after;
+        bench.tell(evidence);
+        assert_eq!(bench.releases(), 1);
+        bench.queries()
     };
     let all_others = |bench: &mut Bench| {
         for n in 0..64 {
@@ -370,13 +366,11 @@ fn the_silent_are_left_alone_for_an_hour_and_forgotten_after_it() {
         }
     };
     let itself = |bench: &mut Bench| answered(bench, SERVER, QueryAnswer::Silence);
-    let hour = secs(3600);
-    let moment = Duration::from_nanos(1);
     for (after, asked) in [(hour - moment, 0), (hour, 1)] {
         assert_eq!(look(&all_others, after), asked, "{after:?}");
         assert_eq!(look(&itself, after), asked, "{after:?}");
     }
-    assert_eq!(look(&|_| {}, moment), 1);
+    assert_eq!(look(&|_| {}, hour - moment), 1);
 }
 
 #[test]
@@ -447,10 +441,7 @@ fn a_server_that_does_not_answer_is_not_asked_again() {
     bench.lease(OTHER_PORT, OTHER, Ipv4Addr::new(10, 0, 0, 2));
     bench.pass(secs(5));
     for port in [VM_PORT, OTHER_PORT] {
-        bench.tell(Event::PortDown {
-            port,
-            loss: PortLoss::Deleted,
-        });
+        bench.lose(port, PortLoss::Deleted);
         bench.pass(secs(30));
     }
     assert_eq!(bench.releases(), 2);
@@ -463,10 +454,6 @@ fn a_server_that_does_not_answer_is_not_asked_again() {
 
 #[test]
 fn a_server_that_has_answered_is_asked_again_soon() {
-    let queries = |bench: &Bench| {
-        let all = bench.seen.iter();
-        all.filter(|a| matches!(a, Action::Query { .. })).count()
-    };
     let mut bench = Bench::new(Policy::default());
     let others = Ipv4Addr::new(10, 0, 0, 2);
     bench.lease(VM_PORT, VM, IP);
@@ -479,23 +466,23 @@ fn a_server_that_has_answered_is_asked_again_soon() {
     };
     bench.tell(lost(VM_PORT));
     bench.pass(secs(5));
-    assert_eq!(queries(&bench), 1);
+    assert_eq!(bench.queries(), 1);
     // It is busy for a moment.
     bench.lease_query = Some(QueryAnswer::Silence);
     bench.tell(lost(OTHER_PORT));
     bench.pass(secs(5));
-    assert_eq!(queries(&bench), 2);
+    assert_eq!(bench.queries(), 2);
     let mut ends = bench.engine.clone();
     bench.lease_query = Some(QueryAnswer::Unassigned);
     bench.pass(secs(6));
-    assert_eq!(queries(&bench), 3);
+    assert_eq!(bench.queries(), 3);
     let of = |bench: &Bench| bench.engine.bindings_of(others).next()?.outcome;
     assert_eq!(of(&bench), Some(Outcome::Verified));
     // It does not come back.
     std::mem::swap(&mut bench.engine, &mut ends);
     bench.lease_query = Some(QueryAnswer::Silence);
     bench.pass(secs(50));
-    assert_eq!(queries(&bench), 4);
+    assert_eq!(bench.queries(), 4);
     assert_eq!(of(&bench), Some(Outcome::Unverified));
 }
 
@@ -608,9 +595,7 @@ fn a_lease_that_stays_active_is_not_released_again_if_anything_newer_was_seen() 
 fn a_lease_that_stays_active_is_not_released_again_after_lost_records() {
     let mut bench = settled();
     bench.lease_query = None;
-    while bench.releases() == 0 {
-        bench.pass(secs(1));
-    }
+    bench.until(secs(1), |bench| bench.releases() > 0);
     bench.pass(secs(2));
     bench.tell(Event::RecordsLost {
         port: VM_PORT,

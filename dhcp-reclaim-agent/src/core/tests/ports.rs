@@ -2,10 +2,6 @@
 
 use super::*;
 
-fn down(bench: &mut Bench, port: IfIndex, loss: PortLoss) {
-    bench.tell(Event::PortDown { port, loss });
-}
-
 fn up(bench: &mut Bench, ifindex: IfIndex, segment: u32, role: Role) {
     bench.tell(Event::PortUp(Port {
         ifindex,
@@ -40,7 +36,7 @@ fn where_there_was_a_port_aside_everybody_is_asked() {
         for (port, role) in ports {
             bench.port(*port, "other", *role);
         }
-        down(&mut bench, VM_PORT, PortLoss::Deleted);
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.seen.iter().any(
             |action| matches!(action, Action::Control { probe } if probe.mac == MacAddr::BROADCAST),
         )
@@ -82,7 +78,7 @@ fn after_a_suspension_leases_end_sooner_and_that_is_saved() {
 fn a_link_that_comes_back_elsewhere_takes_only_its_own_along() {
     // It went to another port while this one was nobody's.
     let mut bench = settled();
-    down(&mut bench, VM_PORT, PortLoss::Detached);
+    bench.lose(VM_PORT, PortLoss::Detached);
     bench.lives_at = Some(OTHER_PORT);
     bench.pass(secs(11));
     let at = |bench: &Bench| bench.engine.binding(KEY).map(|it| (it.state, it.port));
@@ -91,12 +87,12 @@ fn a_link_that_comes_back_elsewhere_takes_only_its_own_along() {
     assert_eq!(at(&bench), Some((State::Bound, OTHER_PORT)));
     // It stayed.
     let mut bench = settled();
-    down(&mut bench, VM_PORT, PortLoss::Detached);
+    bench.lose(VM_PORT, PortLoss::Detached);
     up(&mut bench, VM_PORT, 2, Role::Vm);
     assert_eq!(bench.state(KEY), Some(State::Moved));
     // An index is given to another link, later: that one has nothing of it.
     let mut bench = settled();
-    down(&mut bench, VM_PORT, PortLoss::Deleted);
+    bench.lose(VM_PORT, PortLoss::Deleted);
     up(&mut bench, VM_PORT, 2, Role::Vm);
     assert_eq!(bench.state(KEY), Some(State::Silent));
 }
@@ -108,7 +104,7 @@ fn each_of_many_that_were_detached_may_be_deleted() {
     bench.pass(secs(3));
     for loss in [PortLoss::Detached, PortLoss::Deleted] {
         for port in [VM_PORT, OTHER_PORT] {
-            down(&mut bench, port, loss);
+            bench.lose(port, loss);
         }
     }
     bench.pass(secs(5));
@@ -120,14 +116,10 @@ fn a_port_that_is_told_again_begins_no_silence_anew() {
     let mut bench = settled();
     bench.pass(secs(200));
     assert_eq!(bench.state(KEY), Some(State::Silent));
-    let watched_since = |bench: &Bench| match bench.engine.binding(KEY).map(|it| it.check) {
-        Some(Check::Watching(watching)) => watching.armed_at,
-        check => panic!("{check:?}"),
-    };
-    let before = watched_since(&bench);
+    let before = bench.watching().armed_at;
     bench.port(VM_PORT, "vm1", Role::Vm);
     bench.pass(secs(2));
-    assert_eq!(watched_since(&bench), before);
+    assert_eq!(bench.watching().armed_at, before);
 }
 
 #[test]
@@ -159,7 +151,7 @@ fn how_a_port_was_lost_is_told() {
         (PortLoss::Unseen, "gone when the agent started, 1 bindings"),
     ] {
         let mut bench = settled();
-        down(&mut bench, VM_PORT, loss);
+        bench.lose(VM_PORT, loss);
         assert_eq!(reasons(&bench, NoticeKind::PortLost), [text]);
     }
 }
@@ -223,10 +215,7 @@ fn unheard(mac: MacAddr) -> Event {
 #[test]
 fn whoever_spoke_at_a_port_that_was_not_heard_has_the_long_time() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(1));
     bench.port(13, "late", Role::Vm);
     bench.tell(unheard(VM));
@@ -236,10 +225,7 @@ fn whoever_spoke_at_a_port_that_was_not_heard_has_the_long_time() {
     assert_eq!(bench.releases(), 1);
     // It is nothing to anybody else.
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(1));
     bench.tell(unheard(OTHER));
     bench.pass(secs(2));
@@ -251,10 +237,7 @@ fn whoever_spoke_at_a_port_that_was_not_heard_has_the_long_time() {
         bench.vm_talks = is_seen;
         bench.pass(secs(40));
         bench.vm_talks = false;
-        bench.tell(Event::PortDown {
-            port: VM_PORT,
-            loss: PortLoss::Deleted,
-        });
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.pass(secs(5));
         assert_eq!(bench.releases(), usize::from(is_seen));
     }
@@ -263,10 +246,7 @@ fn whoever_spoke_at_a_port_that_was_not_heard_has_the_long_time() {
 #[test]
 fn a_vm_that_is_plugged_in_restarts_nobodys_hold_down() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(1));
     bench.port(13, "new", Role::Vm);
     bench.tell(Event::PvidChanged { port: 13 });
@@ -275,10 +255,7 @@ fn a_vm_that_is_plugged_in_restarts_nobodys_hold_down() {
 
     let mut bench = settled();
     bench.lease(OTHER_PORT, OTHER, Ipv4Addr::new(10, 0, 0, 2));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(1));
     // What was said by it was taken for another VLAN's.
     bench.tell(Event::PvidChanged { port: OTHER_PORT });
@@ -289,10 +266,7 @@ fn a_vm_that_is_plugged_in_restarts_nobodys_hold_down() {
 #[test]
 fn a_port_that_is_no_vms_any_more_takes_its_bindings_along() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Detached,
-    });
+    bench.lose(VM_PORT, PortLoss::Detached);
     bench.port(VM_PORT, "spare1", Role::Aside);
     assert_eq!(bench.state(KEY), Some(State::Moved));
     bench.pass(secs(2000));
@@ -316,10 +290,7 @@ fn nothing_of_a_held_segment_is_released_until_all_was_looked_at_anew() {
             .count()
     };
     assert_eq!(told(&bench), 1, "once");
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(60));
     assert_eq!(bench.releases(), 0);
     assert_eq!(bench.verdict(Gate::Confirmed), Verdict::Hold);
@@ -381,10 +352,7 @@ fn on_a_bridge_that_filters_vlans_its_own_membership_is_needed() {
         bench.message(Message { vlan, ..ack });
     }
     bench.pass(secs(5));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(60));
     assert_eq!(bench.releases(), 0, "nobody could be asked");
     bench.tell(own(&[(1, 20, false)]));

@@ -2,21 +2,14 @@
 
 use super::*;
 
-fn dies(bench: &mut Bench, port: IfIndex) {
-    bench.tell(Event::PortDown {
-        port,
-        loss: PortLoss::Deleted,
-    });
-}
-
 /// Where there is an uplink, and a pause keeps the dead.
-fn kept() -> Bench {
+pub(super) fn kept() -> Bench {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);
     bench.pass_heard(secs(10));
     bench.engine.pause("an upgrade".to_owned(), bench.now);
     bench.carry_out();
-    dies(&mut bench, VM_PORT);
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass_heard(secs(20));
     assert_eq!(bench.state(KEY), Some(State::Gone));
     bench
@@ -34,12 +27,7 @@ fn who_is_kept_for_long_is_asked_as_seldom_as_any_silent_vm() {
 /// The answer to the latest question is a second old at most, and a cut takes longer than another.
 #[test]
 fn a_question_is_fresh_for_two_seconds() {
-    let mut bench = kept();
-    let probed_at = match bench.engine.binding(KEY).map(|it| it.check) {
-        Some(Check::Watching(watching)) => watching.probed_at.expect("it was asked"),
-        check => panic!("{check:?}"),
-    };
-    bench.engine.resume("root", bench.now);
+    let probed_at = kept().watching().probed_at.expect("it was asked");
     let after = |moment: Duration| {
         let mut bench = kept();
         bench.engine.resume("root", bench.now);
@@ -57,11 +45,6 @@ fn a_question_is_fresh_for_two_seconds() {
     assert_eq!(after(Duration::from_nanos(1)), (0, 1));
 }
 
-const SECOND: Key = Key {
-    ip: Ipv4Addr::new(10, 0, 0, 2),
-    ..KEY
-};
-
 /// Two die, and one may be released at once.
 fn in_the_queue(policy: Policy) -> Bench {
     let mut bench = Bench::new(Policy {
@@ -72,11 +55,9 @@ fn in_the_queue(policy: Policy) -> Bench {
     bench.lease(VM_PORT, VM, IP);
     bench.lease(OTHER_PORT, OTHER, SECOND.ip);
     bench.pass(secs(5));
-    dies(&mut bench, VM_PORT);
-    dies(&mut bench, OTHER_PORT);
-    while bench.releases() == 0 {
-        bench.pass(Duration::from_millis(100));
-    }
+    bench.lose(VM_PORT, PortLoss::Deleted);
+    bench.lose(OTHER_PORT, PortLoss::Deleted);
+    bench.until(Duration::from_millis(100), |bench| bench.releases() > 0);
     bench
 }
 
@@ -116,10 +97,8 @@ fn where_the_rate_is_not_asked_no_token_is_waited_for() {
 fn what_cannot_be_sent_is_tried_again_ever_less_often() {
     let mut bench = settled();
     bench.outcome = ReleaseOutcome::Failed;
-    dies(&mut bench, VM_PORT);
-    while bench.releases() == 0 {
-        bench.pass(Duration::from_millis(100));
-    }
+    bench.lose(VM_PORT, PortLoss::Deleted);
+    bench.until(Duration::from_millis(100), |bench| bench.releases() > 0);
     let retry = Duration::from_millis(1000);
     let mut tries = 1;
     for pause in 1..=5_u32 {
@@ -135,7 +114,7 @@ fn what_cannot_be_sent_is_tried_again_ever_less_often() {
 #[test]
 fn why_it_is_taken_for_dead_is_told() {
     let mut bench = settled();
-    dies(&mut bench, VM_PORT);
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(5));
     let gone = bench.seen.iter().filter_map(notice);
     let gone: Vec<_> = gone.filter(|it| it.event == NoticeKind::Gone).collect();
@@ -149,10 +128,7 @@ fn why_it_is_taken_for_dead_is_told() {
 #[test]
 fn a_lost_port_is_probed_at_once_and_released_after_the_hold_down() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     let everywhere = Action::Arm {
         key: KEY,
         mac: VM,
@@ -195,10 +171,7 @@ fn a_lost_port_is_probed_at_once_and_released_after_the_hold_down() {
 #[test]
 fn what_every_gate_said_is_known_while_a_release_is_on_its_way() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(3));
     assert_eq!(bench.grounds, Gate::ALL.len());
     assert!(bench.engine.grounds(KEY).is_empty(), "no longer");
@@ -216,10 +189,7 @@ fn how_long_a_vm_was_silent_is_known_from_the_first_sign_of_it() {
     };
     bench.tell(down.clone());
     bench.pass(secs(1));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     assert_eq!(silent_at(&bench), Some(lost_at));
     let mut bench = settled();
     bench.tell(down);
@@ -236,10 +206,7 @@ fn a_port_that_comes_late_is_asked_before_anything_is_released() {
         // One that was there, and has its carrier back, was watched all the time.
         let more = usize::from(is_new);
         let mut bench = settled();
-        bench.tell(Event::PortDown {
-            port: VM_PORT,
-            loss: PortLoss::Deleted,
-        });
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.pass(Duration::from_millis(1900));
         let probes = bench.probes();
         assert_eq!(probes, 3);
@@ -267,22 +234,10 @@ fn a_port_that_comes_late_is_asked_before_anything_is_released() {
 /// What keeps the dead may keep them for long, and an uplink may be cut meanwhile.
 #[test]
 fn with_an_uplink_whoever_was_kept_is_asked_before_it_is_released() {
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(secs(10));
-    bench.engine.pause("an upgrade".to_owned(), bench.now);
-    bench.carry_out();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
-    bench.pass_heard(secs(20));
-    assert_eq!(bench.state(KEY), Some(State::Gone));
+    let mut bench = kept();
     // The latest probe left as long ago as may be.
     let probes = bench.probes();
-    while bench.probes() == probes {
-        bench.pass_heard(secs(1));
-    }
+    bench.until_heard(secs(1), |bench| bench.probes() > probes);
     bench.pass_heard(secs(3));
     let probes = bench.probes();
     bench.engine.resume("root", bench.now);
@@ -305,10 +260,7 @@ fn who_waits_for_a_port_that_has_come_is_asked_at_once() {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);
     bench.pass_heard(Duration::from_millis(10000));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     // The last question has left.
     bench.pass_heard(Duration::from_millis(9500));
     bench.port(13, "late", Role::Vm);
@@ -323,10 +275,7 @@ fn a_port_that_comes_while_the_dead_wait_is_asked_too() {
     let mut bench = settled();
     bench.engine.pause("an upgrade".to_owned(), bench.now);
     bench.carry_out();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(5));
     assert_eq!(bench.state(KEY), Some(State::Gone));
     bench.port(13, "late", Role::Vm);
@@ -344,10 +293,7 @@ fn a_port_that_comes_while_the_dead_wait_is_asked_too() {
 fn a_release_that_was_overtaken_is_decided_anew() {
     let mut bench = settled();
     bench.outcome = ReleaseOutcome::Overtaken;
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(Duration::from_millis(2050));
     assert_eq!(bench.releases(), 1);
     assert_eq!(bench.state(KEY), Some(State::Gone));
@@ -377,10 +323,7 @@ fn port_up_never_means_never() {
 #[test]
 fn one_frame_in_the_hold_down_is_enough() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::CarrierLost,
-    });
+    bench.lose(VM_PORT, PortLoss::CarrierLost);
     bench.pass(secs(1));
     bench.port(VM_PORT, "vm1", Role::Vm);
     bench.vm_talks = true;
@@ -394,10 +337,7 @@ fn one_frame_in_the_hold_down_is_enough() {
 fn a_veto_sends_it_back_to_be_looked_at() {
     let mut bench = settled();
     bench.outcome = ReleaseOutcome::Vetoed;
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(Duration::from_millis(2010));
     assert!(bench.notices().contains(&NoticeKind::Vetoed));
     assert_ne!(bench.state(KEY), Some(State::Released));
@@ -418,10 +358,7 @@ fn a_lease_that_ends_soon_is_left_to_end() {
         ..bench.ack(VM_PORT, VM, IP)
     });
     bench.pass(secs(11));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(20));
     assert_eq!(bench.releases(), 0);
     assert_eq!(bench.state(KEY), Some(State::Expired));
@@ -439,10 +376,7 @@ fn two_vms_with_one_client_id_hold_each_other() {
         bench.message(bench.ack(port, mac, ip));
     }
     bench.pass(secs(5));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(10));
     assert_eq!(bench.verdict(Gate::Unique), Verdict::Hold);
     assert_eq!(bench.releases(), 0);
@@ -482,10 +416,7 @@ fn nothing_is_released_before_the_agent_has_settled() {
         ..Policy::default()
     });
     bench.lease(VM_PORT, VM, IP);
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(29));
     assert_eq!(
         (bench.releases(), bench.verdict(Gate::Settled)),

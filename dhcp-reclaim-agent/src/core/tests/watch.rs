@@ -6,36 +6,12 @@ use crate::core::{
     binding::{Doubt, Origin, Watching},
 };
 
-fn watching(bench: &Bench) -> Watching {
-    match bench.engine.binding(KEY).map(|it| it.check) {
-        Some(Check::Watching(watching)) => watching,
-        check => panic!("{check:?}"),
-    }
-}
-
 fn at(bench: &Bench) -> Option<(State, IfIndex)> {
     bench.engine.binding(KEY).map(|it| (it.state, it.port))
 }
 
 fn doubt(bench: &Bench) -> Option<Doubt> {
     bench.engine.binding(KEY).and_then(|it| it.doubt)
-}
-
-fn arms(bench: &Bench) -> usize {
-    let is_arm = |action: &&Action| matches!(action, Action::Arm { .. });
-    bench.seen.iter().filter(is_arm).count()
-}
-
-fn looks(bench: &Bench) -> usize {
-    let is_look = |action: &&Action| matches!(action, Action::Look { .. });
-    bench.seen.iter().filter(is_look).count()
-}
-
-fn dies(bench: &mut Bench) {
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
 }
 
 fn look(bench: &mut Bench, evidence: Evidence) {
@@ -45,9 +21,7 @@ fn look(bench: &mut Bench, evidence: Evidence) {
 /// Nothing was heard of it for a while, and it has been asked.
 fn looked_for() -> Bench {
     let mut bench = settled();
-    while bench.probes() == 0 {
-        bench.pass(Duration::from_millis(100));
-    }
+    bench.until(Duration::from_millis(100), |bench| bench.probes() > 0);
     bench
 }
 
@@ -65,12 +39,12 @@ fn what_was_seen_last_before_its_port_went_counts() {
         (Some(millis(20)), millis(10), false),
     ] {
         let mut bench = looked_for();
-        let since = watching(&bench).armed_at;
+        let since = bench.watching().armed_at;
         bench.now = since + millis(30);
         bench.evidence.own_at = own.map(|own| since + own);
         bench.evidence.address_at = bench.evidence.own_at;
         bench.evidence.elsewhere = Some((since + elsewhere, OTHER_PORT));
-        dies(&mut bench);
+        bench.lose(VM_PORT, PortLoss::Deleted);
         let expected = if follows {
             (State::Bound, OTHER_PORT)
         } else {
@@ -81,7 +55,7 @@ fn what_was_seen_last_before_its_port_went_counts() {
     // What was seen before the watch began says nothing.
     let mut bench = looked_for();
     bench.evidence.elsewhere = Some((Time::ZERO + secs(1), OTHER_PORT));
-    dies(&mut bench);
+    bench.lose(VM_PORT, PortLoss::Deleted);
     assert_eq!(at(&bench), Some((State::Silent, VM_PORT)));
 }
 
@@ -101,10 +75,8 @@ fn a_silence_that_begins_anew_begins_once() {
 /// Lets it be quiet until it is looked at; how often it was armed and asked by then.
 fn glance(bench: &mut Bench) -> (usize, usize) {
     bench.seen.clear();
-    while looks(bench) == 0 {
-        bench.pass(Duration::from_millis(10));
-    }
-    (arms(bench), bench.probes())
+    bench.until(Duration::from_millis(10), |bench| bench.looks() > 0);
+    (bench.arms(true) + bench.arms(false), bench.probes())
 }
 
 const LEFT_ALONE: (usize, usize) = (0, 0);
@@ -201,7 +173,7 @@ fn a_clone_that_has_the_address_elsewhere_shares_it() {
         });
         bench.message(bench.ack(VM_PORT, VM, IP));
         bench.pass(secs(5));
-        dies(&mut bench);
+        bench.lose(VM_PORT, PortLoss::Deleted);
         let seen_at = if is_old { Time::ZERO } else { bench.now };
         let evidence = Evidence {
             elsewhere: Some((bench.now, OTHER_PORT)),
@@ -225,8 +197,8 @@ fn an_uplink_that_was_heard_a_second_before_the_question_was_open() {
         let mut bench = settled();
         bench.port(UPLINK, "eth0", Role::Uplink);
         bench.pass_heard(secs(10));
-        dies(&mut bench);
-        let probed_at = watching(&bench).probed_at.expect("it was asked");
+        bench.lose(VM_PORT, PortLoss::Deleted);
+        let probed_at = bench.watching().probed_at.expect("it was asked");
         bench.now = probed_at + secs(1);
         let heard_at = Time::from_nanos((probed_at.as_nanos()) - 1_000_000_000) + moment;
         let evidence = Evidence {
@@ -234,7 +206,7 @@ fn an_uplink_that_was_heard_a_second_before_the_question_was_open() {
             ..bench.evidence
         };
         look(&mut bench, evidence);
-        let Watching { deaf, probes, .. } = watching(&bench);
+        let Watching { deaf, probes, .. } = bench.watching();
         (deaf, probes)
     };
     assert_eq!(after(Duration::from_nanos(1)), (false, 1));
@@ -315,7 +287,7 @@ fn what_a_new_port_lost_since_it_was_seen_there_is_in_doubt() {
     let moment = Duration::from_nanos(1);
     let seen = |at: fn(Time, Duration) -> Time| {
         let mut bench = settled();
-        dies(&mut bench);
+        bench.lose(VM_PORT, PortLoss::Deleted);
         bench.now = bench.now + secs(1);
         bench.tell(Event::RecordsLost {
             port: OTHER_PORT,
@@ -370,11 +342,14 @@ fn with_an_uplink_the_last_question_comes_shortly_before_the_end() {
     bench.port(UPLINK, "eth0", Role::Uplink);
     bench.pass_heard(secs(10));
     let before = bench.probes();
-    dies(&mut bench);
+    bench.lose(VM_PORT, PortLoss::Deleted);
     let died_at = bench.now;
     let mut asked_at = vec![];
     let mut asked = before;
-    while bench.releases() == 0 {
+    for _ in 0..1_000 {
+        if bench.releases() > 0 {
+            break;
+        }
         bench.pass_heard(Duration::from_millis(100));
         let evidence = bench.evidence;
         look(&mut bench, evidence);
@@ -399,7 +374,7 @@ fn everybody_is_asked_as_often_as_counts() {
     bench.pass_heard(secs(10));
     bench.engine.pause("an upgrade".to_owned(), bench.now);
     bench.carry_out();
-    dies(&mut bench);
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass_heard(secs(60));
     let all = bench.seen.iter().filter(
         |action| matches!(action, Action::Control { probe } if probe.mac == MacAddr::BROADCAST),
@@ -445,9 +420,7 @@ fn who_is_in_doubt_is_looked_at_soon_if_it_was_not_just_seen() {
     assert_eq!(due(&bench), before);
     // It is being looked for already.
     let mut bench = leased(3600);
-    while bench.probes() < 2 {
-        bench.pass(secs(1));
-    }
+    bench.until(secs(1), |bench| bench.probes() >= 2);
     bench.pass(secs(2));
     let before = due(&bench);
     assert!(before > Some(bench.now + secs(1)));
@@ -476,10 +449,7 @@ fn what_was_seen_before_its_port_came_back_is_looked_at() {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);
     bench.pass(secs(10));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::CarrierLost,
-    });
+    bench.lose(VM_PORT, PortLoss::CarrierLost);
     bench.pass(Duration::from_millis(500));
     bench.lives_at = Some(UPLINK);
     bench.port(VM_PORT, "vm1", Role::Vm);
@@ -491,10 +461,7 @@ fn what_was_seen_is_looked_at_before_silence_begins_anew() {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);
     bench.pass(secs(5));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(1));
     // Its announcement from beyond, once; and then somebody claims its address.
     bench.evidence.elsewhere = Some((bench.now, UPLINK));
@@ -507,10 +474,7 @@ fn with_an_uplink_the_hold_down_is_longer_and_the_uplink_must_be_heard() {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);
     bench.pass(secs(10));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(30));
     assert_eq!(bench.releases(), 0, "the uplink is cut for all we know");
     assert!(
@@ -542,10 +506,7 @@ fn with_an_uplink_that_is_heard_the_hold_down_is_the_uplinks() {
     bench.port(UPLINK, "eth0", Role::Uplink);
     bench.pass(secs(10));
     bench.evidence.uplink_at = Some(bench.now);
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass_heard(Duration::from_millis(9500));
     assert_eq!(bench.releases(), 0, "the hold-down has not passed");
     bench.pass_heard(secs(1));
@@ -557,10 +518,7 @@ fn a_vm_that_moved_behind_the_uplink_is_disowned() {
     let mut bench = settled();
     bench.port(UPLINK, "eth0", Role::Uplink);
     bench.pass(secs(10));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(2));
     bench.evidence.elsewhere = Some((bench.now, UPLINK));
     bench.pass(secs(60));
@@ -575,10 +533,7 @@ fn a_last_word_by_its_own_port_does_not_take_the_lost_ports_road_away() {
     assert_eq!(bench.state(KEY), Some(State::Silent));
     bench.evidence.own_at = Some(bench.now);
     bench.pass(Duration::from_millis(5));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::CarrierLost,
-    });
+    bench.lose(VM_PORT, PortLoss::CarrierLost);
     bench.pass(secs(3));
     assert_eq!(bench.state(KEY), Some(State::Released));
 }
@@ -587,10 +542,7 @@ fn a_last_word_by_its_own_port_does_not_take_the_lost_ports_road_away() {
 fn a_vm_behind_a_port_that_nobody_named_is_disowned() {
     let mut bench = settled();
     bench.port(13, "spare1", Role::Aside);
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.evidence.elsewhere = Some((bench.now, 13));
     bench.pass(secs(60));
     assert_eq!(bench.state(KEY), Some(State::Moved));
@@ -623,10 +575,7 @@ fn a_last_question_that_cannot_leave_is_asked_again() {
     bench.evidence.uplink_at = Some(bench.now + secs(10_000));
     bench.lease(VM_PORT, VM, IP);
     bench.pass(secs(5));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(8));
     assert_eq!(bench.probes(), 3, "all but the last");
     bench.sends = false;
@@ -657,10 +606,7 @@ fn the_relay_is_asked_for_a_server_behind_it() {
         ..bench.ack(VM_PORT, VM, IP)
     });
     bench.pass(secs(5));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     let asked = bench.seen.iter().any(|action| {
         matches!(action, Action::Control { probe } if (probe.ip, probe.mac) == (relay, SERVER_MAC))
     });
@@ -670,10 +616,7 @@ fn the_relay_is_asked_for_a_server_behind_it() {
 #[test]
 fn a_vm_that_was_plugged_in_anew_is_followed() {
     let mut bench = settled();
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.port(13, "vm1", Role::Vm);
     bench.evidence.elsewhere = Some((bench.now, 13));
     bench.pass(secs(10));
@@ -685,10 +628,7 @@ fn a_vm_that_was_plugged_in_anew_is_followed() {
     assert_eq!(bench.releases(), 0);
     // It dies there.
     bench.evidence.elsewhere = None;
-    bench.tell(Event::PortDown {
-        port: 13,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(13, PortLoss::Deleted);
     bench.pass(secs(3));
     assert_eq!(bench.releases(), 1);
 }
@@ -733,10 +673,7 @@ fn probes_that_are_sent_often_do_not_put_the_end_off() {
     });
     bench.lease(VM_PORT, VM, IP);
     bench.pass(secs(5));
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass(secs(6));
     assert_eq!(bench.releases(), 1, "{:?}", bench.notices());
 }
@@ -746,10 +683,7 @@ fn probes_that_are_sent_often_do_not_put_the_end_off() {
 fn where_there_is_an_uplink_everybody_is_asked_for_the_address() {
     let mut bench = settled();
     bench.port(UPLINK, "uplink0", Role::Uplink);
-    bench.tell(Event::PortDown {
-        port: VM_PORT,
-        loss: PortLoss::Deleted,
-    });
+    bench.lose(VM_PORT, PortLoss::Deleted);
     let asked = Action::Control {
         probe: Probe {
             via: ProbeVia::Segment(SEGMENT),
