@@ -10,7 +10,7 @@ use std::{
     collections::VecDeque,
     env,
     ffi::OsStr,
-    io,
+    io::{self, ErrorKind},
     os::{
         linux::net::SocketAddrExt as _,
         unix::{
@@ -35,7 +35,7 @@ pub struct Service {
     unsent: VecDeque<String>,
 }
 
-/// More than that of them and the oldest are forgotten: the newest is what holds.
+/// More than that of them and the oldest is forgotten: where it was a READY, a later one says the same.
 const UNSENT_MAX: usize = 16;
 /// How long the end waits for a manager that does not read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -80,19 +80,26 @@ impl Service {
         self.tell(format!("RELOADING=1\nMONOTONIC_USEC={micros}"));
     }
 
-    /// The last of all, and the only one that waits, for a second at most: nothing else is left to do.
     pub fn stopping(&mut self) {
+        // Whoever stops is neither ready nor reloading.
+        self.unsent.clear();
+        self.tell("STOPPING=1".to_owned());
+    }
+
+    /// The last of all: nothing is left to do but to wait, for a second at most, until the manager reads.
+    pub fn finish(mut self) {
+        if self.unsent.is_empty() {
+            return;
+        }
         if let Some(socket) = &self.socket {
             let waits = socket
-                .set_nonblocking(false)
-                .and_then(|()| socket.set_write_timeout(Some(LAST_WORDS)));
+                .set_write_timeout(Some(LAST_WORDS))
+                .and_then(|()| socket.set_nonblocking(false));
             if let Err(error) = waits {
                 debug!(%error, "the service manager is not waited for");
             }
         }
-        // Whoever stops is neither ready nor reloading.
-        self.unsent.clear();
-        self.tell("STOPPING=1".to_owned());
+        self.flush();
         if !self.unsent.is_empty() {
             warn!("the service manager does not read: it was not told of the end");
         }
@@ -120,6 +127,10 @@ impl Service {
         if self.socket.is_none() {
             return;
         }
+        let is_status = |state: &String| state.starts_with("STATUS=");
+        if is_status(&state) && self.unsent.back().is_some_and(is_status) {
+            self.unsent.pop_back();
+        }
         self.unsent.push_back(state);
         self.flush();
         if self.unsent.len() > UNSENT_MAX {
@@ -129,15 +140,25 @@ impl Service {
     }
 
     fn flush(&mut self) {
-        let Some(socket) = &self.socket else {
-            return;
-        };
-        while let Some(state) = self.unsent.front() {
-            if let Err(error) = socket.send(state.as_bytes()) {
-                debug!(%error, state, "the service manager was not told yet");
-                return;
+        while let (Some(socket), Some(state)) = (&self.socket, self.unsent.front()) {
+            let Err(error) = socket.send(state.as_bytes()) else {
+                self.unsent.pop_front();
+                continue;
+            };
+            match error.kind() {
+                ErrorKind::Interrupted => {}
+                ErrorKind::WouldBlock => return,
+                // Another socket in its place is not the one that this is connected to.
+                ErrorKind::ConnectionRefused | ErrorKind::NotConnected => {
+                    warn!(%error, "the service manager is gone: it is told nothing any more");
+                    self.socket = None;
+                    self.unsent.clear();
+                }
+                _ => {
+                    warn!(%error, state, "the service manager was not told");
+                    self.unsent.pop_front();
+                }
             }
-            self.unsent.pop_front();
         }
     }
 }
@@ -237,27 +258,79 @@ mod tests {
         assert_eq!(ready, "READY=1\nSTATUS=0 ports");
     }
 
-    #[test]
-    fn the_end_waits_for_a_manager_that_is_late_but_not_for_ever() {
+    /// A manager whose queue is full, and its end of the socket.
+    fn late() -> (Service, UnixDatagram) {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
+        theirs
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
         while ours.send(b"WATCHDOG=1").is_ok() {}
+        let service = Service {
+            socket: Some(ours),
+            ..Service::default()
+        };
+        (service, theirs)
+    }
+
+    #[test]
+    fn the_end_waits_for_a_manager_that_is_late() {
+        let (mut service, theirs) = late();
+        service.ready("1 port");
+        service.stopping();
+        assert_eq!(service.unsent, ["STOPPING=1"]);
+        let finished = thread::spawn(move || service.finish());
+        let mut said = told(&theirs);
+        while said == "WATCHDOG=1" {
+            said = told(&theirs);
+        }
+        assert_eq!(said, "STOPPING=1");
+        finished.join().unwrap();
+    }
+
+    #[test]
+    fn the_end_does_not_wait_for_ever() {
+        let (mut service, theirs) = late();
+        service.stopping();
+        service.finish();
+        theirs.set_nonblocking(true).unwrap();
+        while told(&theirs) == "WATCHDOG=1" {}
+        assert_eq!(told(&theirs), "nothing");
+    }
+
+    #[test]
+    fn of_what_is_only_shown_the_newest_is_kept() {
+        let (mut service, _theirs) = late();
+        service.ready("0 ports");
+        for number in 0..100 {
+            service.status(&format!("{number} ports"));
+        }
+        assert_eq!(
+            service.unsent,
+            ["READY=1\nSTATUS=0 ports", "STATUS=99 ports"]
+        );
+    }
+
+    #[test]
+    fn a_manager_that_is_gone_is_told_nothing_and_what_it_cannot_take_holds_nothing_up() {
+        let (mut service, theirs) = late();
+        service.ready("1 port");
+        assert_eq!(service.unsent.len(), 1);
+        drop(theirs);
+        service.ready("2 ports");
+        assert!(service.socket.is_none() && service.unsent.is_empty());
+        service.stopping();
+        service.finish();
+
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
         let mut service = Service {
             socket: Some(ours),
             ..Service::default()
         };
-        // Nobody reads.
-        service.stopping();
-        let late = thread::spawn(move || {
-            loop {
-                match told(&theirs) {
-                    pat if pat == "WATCHDOG=1" => {}
-                    told => return told,
-                }
-            }
-        });
-        service.stopping();
-        assert_eq!(late.join().unwrap(), "STOPPING=1");
+        service.status(&"x".repeat(10_000_000));
+        service.ready("1 port");
+        assert_eq!(told(&theirs), "READY=1\nSTATUS=1 port");
     }
 
     #[test]

@@ -69,10 +69,11 @@ impl Manager {
 
     /// Leaves no room for another message before some are read.
     fn fill(&self) -> Result<()> {
-        let others = UnixDatagram::unbound()?;
-        others.set_nonblocking(true)?;
         loop {
-            match others.send_to(b"WATCHDOG=1", SOCKET) {
+            // A socket for each: what fills is the manager's queue, and not what one of us may send.
+            let other = UnixDatagram::unbound()?;
+            other.set_nonblocking(true)?;
+            match other.send_to(b"WATCHDOG=1", SOCKET) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error.into()),
@@ -213,6 +214,7 @@ lab_test! {
         let told = manager.hear()?;
         ensure!(told.starts_with("READY=1\nSTATUS="), "{told}");
 
+        manager.fill()?;
         kill(agent.pid(), Signal::SIGTERM)?;
         let told = manager.hear()?;
         ensure!(told == "STOPPING=1", "{told}");

@@ -44,7 +44,8 @@ impl Signals {
         Ok(Self { fd, first })
     }
 
-    /// The number of the first signal that came, if one did: for everybody who waits.
+    /// The number of the first signal that came, if one did: for everybody who asks. Of several who wait
+    /// for the descriptor, one is woken.
     pub fn caught(&self) -> Option<i32> {
         if self.first.get().is_none() {
             let info = self.fd.read_signal().ok().flatten();

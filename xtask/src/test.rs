@@ -324,4 +324,33 @@ mod tests {
         );
         assert_eq!((failed.passed, failed.failed, failed.skipped), (2, 1, 0));
     }
+    #[test]
+    fn only_tests_that_ran_and_passed_are_a_success() {
+        let of = |counts: &[(u32, u32)]| {
+            let mut summary = Summary::default();
+            for (passed, failed) in counts {
+                let mut one = Summary::default();
+                let skipped = 0;
+                let count = Count {
+                    passed: *passed,
+                    failed: *failed,
+                    skipped,
+                };
+                one.suites.push(("suite".to_owned(), count));
+                summary.add(one);
+            }
+            summary
+        };
+        assert_eq!(of(&[(0, 0)]).end(), ExitCode::FAILURE);
+        assert_eq!(of(&[(0, 0), (1, 0)]).end(), ExitCode::SUCCESS);
+        assert_eq!(of(&[(1, 0), (1, 1)]).end(), ExitCode::FAILURE);
+        let mut interrupted = of(&[(1, 0)]);
+        for signal in [2, 15] {
+            interrupted.add(Summary {
+                interrupted: Some(signal),
+                ..Summary::default()
+            });
+        }
+        assert_eq!(interrupted.end(), ExitCode::from(130));
+    }
 }

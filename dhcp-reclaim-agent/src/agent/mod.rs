@@ -395,8 +395,16 @@ impl Agent {
             self.service.alive(clock::monotonic());
         }
         info!("stopping");
-        self.commit();
         self.service.stopping();
+        self.commit();
+        let service = std::mem::take(&mut self.service);
+        let left = self.leave();
+        service.finish();
+        left
+    }
+
+    /// What goes on without an agent, or is taken away.
+    fn leave(mut self) -> anyhow::Result<()> {
         if self.settings.detach_on_exit {
             self.kernel.unpin_all()?;
             return Ok(());

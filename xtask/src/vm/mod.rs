@@ -95,6 +95,9 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     if args.fetch {
         return Ok(ExitCode::SUCCESS);
     }
+    // Two may be one release, which has one folder.
+    let mut releases = BTreeSet::new();
+    kernels.retain(|kernel| releases.insert(kernel.release.clone()));
     let accel = match args.kvm {
         true => Accel::Kvm,
         false => Accel::Tcg,
@@ -111,7 +114,7 @@ pub fn main(args: &Args) -> Result<ExitCode> {
         return Ok(summary.end());
     }
     let matrix = Matrix::new(&agent, &suites, accel)?;
-    matrix.run_all(&kernels, args, &mut summary, &signals)?;
+    matrix.run_all(&kernels, args, &mut summary, &signals);
     Ok(summary.end())
 }
 
@@ -150,7 +153,7 @@ pub fn small(
     let matrix = Matrix::new(agent, suites, Accel::Tcg)?;
     for version in SMALL {
         let kernel = fetch(version, false)?;
-        matrix.run(&kernel, tests, summary, signals, &mut stdout())?;
+        matrix.run(&kernel, tests, summary, signals, &mut stdout());
     }
     Ok(())
 }
@@ -230,46 +233,36 @@ impl Matrix {
     }
 
     /// Everything that the arguments ask for, under each of the kernels.
-    fn run_all(
-        &self,
-        kernels: &[Kernel],
-        args: &Args,
-        summary: &mut Summary,
-        signals: &Signals,
-    ) -> Result<()> {
+    fn run_all(&self, kernels: &[Kernel], args: &Args, summary: &mut Summary, signals: &Signals) {
         let wanted = |_: &str| Some(&args.filter[..]);
         if args.jobs < 2 {
             for kernel in kernels {
-                self.run(kernel, wanted, summary, signals, &mut stdout())?;
+                self.run(kernel, wanted, summary, signals, &mut stdout());
             }
-            return Ok(());
+            return;
         }
         let waiting = Mutex::new(kernels.iter());
         let ended = Mutex::new(summary);
+        let machine = || {
+            loop {
+                let kernel = lock(&waiting).next();
+                let Some(kernel) = kernel else {
+                    return;
+                };
+                let mut summary = Summary {
+                    interrupted: lock(&ended).interrupted,
+                    ..Summary::default()
+                };
+                let mut out = WholeSuites::default();
+                self.run(kernel, wanted, &mut summary, signals, &mut out);
+                lock(&ended).add(summary);
+            }
+        };
         thread::scope(|scope| {
-            let machine = || -> Result<()> {
-                loop {
-                    let kernel = lock(&waiting).next();
-                    let Some(kernel) = kernel else {
-                        return Ok(());
-                    };
-                    let mut summary = Summary {
-                        interrupted: lock(&ended).interrupted,
-                        ..Summary::default()
-                    };
-                    let mut out = WholeSuites::default();
-                    let ran = self.run(kernel, wanted, &mut summary, signals, &mut out);
-                    lock(&ended).add(summary);
-                    ran?;
-                }
-            };
-            let machines: Vec<_> = (0..args.jobs).map(|_| scope.spawn(machine)).collect();
-            let mut ends = machines.into_iter().map(|machine| match machine.join() {
-                Ok(end) => end,
-                Err(_) => bail!("a machine's thread panicked"),
-            });
-            ends.try_for_each(|end| end)
-        })
+            for _ in 0..args.jobs.min(kernels.len()) {
+                scope.spawn(machine);
+            }
+        });
     }
 
     /// Runs the suites that `wanted` names, with what it says of their tests, under `kernel`.
@@ -280,9 +273,9 @@ impl Matrix {
         summary: &mut Summary,
         signals: &Signals,
         out: &mut impl Write,
-    ) -> Result<()> {
+    ) {
         if summary.interrupted.is_some() {
-            return Ok(());
+            return;
         }
         let mut plan = Plan::default();
         plan.env.push((BIN.to_owned(), self.agent.clone()));
@@ -305,10 +298,9 @@ impl Matrix {
                 dir: cargo::root().join(TESTS).to_string_lossy().into_owned(),
             });
         }
-        let mut booted = Booted::start(&self.userland, kernel, &plan, self.accel)?;
         let mut suite: Option<(String, Output)> = None;
         let mut titles = BTreeSet::new();
-        let end = booted.follow(signals, |said| match said {
+        let tell = |said| match said {
             Said::Word(Word::Begin(name)) => suite = Some((name, Output::default())),
             Said::Word(Word::End(status)) => {
                 if let Some((name, output)) = suite.take() {
@@ -333,13 +325,13 @@ impl Matrix {
                 }
             }
             Said::Word(_) => {}
-        });
-        match end {
+        };
+        let booted = Booted::start(&self.userland, kernel, &plan, self.accel);
+        match booted.and_then(|mut booted| booted.follow(signals, tell)) {
             Ok(None) => {}
             Ok(Some(signal)) => summary.interrupted = Some(signal),
             Err(error) => {
                 let _gone = writeln!(out, "FAILED: {}: {error:#}", kernel.release);
-                let _gone = out.flush();
                 let name = suite.map_or_else(|| "boot".to_owned(), |(name, _)| name);
                 let failed = Count {
                     failed: 1,
@@ -348,7 +340,7 @@ impl Matrix {
                 summary.suites.push((row(kernel, &name), failed));
             }
         }
-        Ok(())
+        let _gone = out.flush();
     }
 }
 

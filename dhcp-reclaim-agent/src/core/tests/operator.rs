@@ -383,7 +383,7 @@ fn the_first_look_after_a_question_is_no_look_of_the_watch() {
 
 #[test]
 fn who_was_kept_for_long_is_asked_before_an_order_is_followed() {
-    let mut bench = super::release::kept();
+    let mut bench = release::kept();
     let probes = bench.probes();
     bench.until_heard(secs(1), |bench| bench.probes() > probes);
     bench.pass_heard(secs(3));
