@@ -231,6 +231,24 @@ pub fn rarp(mac: Mac) -> Vec<u8> {
     frame
 }
 
+/// What a switch says by each of its ports, those that it blocks included: a configuration BPDU (IEEE
+/// 802.1D section 9.3.1).
+pub fn bpdu(from: Mac) -> Vec<u8> {
+    const LENGTH: u16 = 3 + 35;
+    let mut frame = ethernet(from, Mac([0x01, 0x80, 0xc2, 0, 0, 0]), &[], LENGTH);
+    // The LLC's header; protocol, version, type and flags, all zero.
+    frame.extend([0x42, 0x42, 0x03, 0, 0, 0, 0, 0]);
+    let bridge = [&[0x80, 0][..], &from.0].concat();
+    frame.extend(&bridge);
+    // The root's distance: it is the root itself.
+    frame.extend([0; 4]);
+    frame.extend(&bridge);
+    // Its port; then age, most age, hello and delay, in 256ths of a second.
+    frame.extend([0x80, 1, 0, 0, 20, 0, 2, 0, 15, 0]);
+    frame.resize(60, 0);
+    frame
+}
+
 fn ethernet(from: Mac, to: Mac, tags: &[(u16, u16)], ethertype: u16) -> Vec<u8> {
     let mut frame = Vec::with_capacity(600);
     frame.extend(to.0);

@@ -8,7 +8,7 @@ use dhcp_reclaim_tests::{
     clock::{now, scaled},
     cluster::{Cluster, NODES},
     fixture::{BRIDGE, Mac, NIC, SERVER_IP, SERVER_MAC, UPLINK, vm_mac},
-    forge::{BROADCAST_MAC, Forged, Nic, arp, rarp},
+    forge::{BROADCAST_MAC, Forged, Nic, arp, bpdu, rarp},
     lab_test,
     node::Node,
     scene::{Scene, is_release},
@@ -23,6 +23,38 @@ enum Announce {
     Rarp,
     Garp,
     Traffic,
+}
+
+/// `says`: all that still comes by the uplink.
+fn cut_during_the_hold_down(says: Option<Vec<u8>>) -> Result<()> {
+    let cluster = Cluster::new(&[])?;
+    let scene = &cluster.scene;
+    let (mut vm, ip) = scene.living(1)?;
+    let beyond = Nic::open(&cluster.switch.netns, NODES[0])?;
+    let say = || says.as_ref().map_or(Ok(()), |frame| beyond.send(frame));
+    let cut = Capture::start(&cluster.switch.netns, NODES[0])?;
+    cluster.switch.netns.ip("link set node1 nomaster")?;
+    vm.kill(KillKind::PortDeleted)?;
+    scene.agent.wait_event("silent", ip, PATIENCE)?;
+    // Three hold-downs.
+    for _ in 0..30 {
+        say()?;
+        let seen = cut.wait("a RELEASE", Duration::from_millis(100), |frame| {
+            is_release(frame, ip)
+        });
+        ensure!(seen.is_err(), "released into a cut cable");
+    }
+    scene
+        .agent
+        .until("a hold for want of the uplink", PATIENCE, |agent| {
+            say()?;
+            let (verdict, reason) = agent.gate(ip, "dead")?;
+            Ok((verdict == "hold" && reason.contains("uplink")).then_some(()))
+        })?;
+    cluster.switch.netns.ip("link set node1 master br0")?;
+    scene.freed(ip)?;
+    ensure!(scene.releases(ip).len() == 1);
+    Ok(())
 }
 
 fn moves(order: Order, announce: Announce) -> Result<()> {
@@ -148,28 +180,9 @@ lab_test! {
     }
 
     /// The cable is out while the carrier is still there: silence means nothing until it is back.
-    fn the_uplink_is_cut_during_the_hold_down() {
-        let cluster = Cluster::new(&[])?;
-        let scene = &cluster.scene;
-        let (mut vm, ip) = scene.living(1)?;
-        let cut = Capture::start(&cluster.switch.netns, NODES[0])?;
-        cluster.switch.netns.ip("link set node1 nomaster")?;
-        vm.kill(KillKind::PortDeleted)?;
-        scene.agent.wait_event("silent", ip, PATIENCE)?;
-        // Three hold-downs.
-        let seen = cut.wait("a RELEASE", Duration::from_secs(3), |frame| {
-            is_release(frame, ip)
-        });
-        ensure!(seen.is_err(), "released into a cut cable");
-        scene.agent.until("a hold for want of the uplink", PATIENCE, |agent| {
-            let (verdict, reason) = agent.gate(ip, "dead")?;
-            Ok((verdict == "hold" && reason.contains("uplink")).then_some(()))
-        })?;
-        cluster.switch.netns.ip("link set node1 master br0")?;
-        scene.freed(ip)?;
-        ensure!(scene.releases(ip).len() == 1);
-        Ok(())
-    }
+    fn the_uplink_is_cut_during_the_hold_down() { cut_during_the_hold_down(None) }
+    /// A switch goes on saying who it is by a port that it blocks.
+    fn the_uplink_is_blocked_during_the_hold_down() { cut_during_the_hold_down(Some(bpdu(SERVER_MAC))) }
 
     /// Its new port is outside of `--port`: no lease is learned there, but its life is seen.
     fn moves_to_a_port_that_nobody_named() {
