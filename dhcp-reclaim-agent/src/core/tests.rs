@@ -42,6 +42,9 @@ const SECOND: Key = Key {
     ..KEY
 };
 
+/// More actions or turns than that in one go are without an end.
+const RESTLESS: u32 = 1_000_000;
+
 /// An engine with the wire in the test's hand. Looks are answered from `evidence`, probes leave.
 struct Bench {
     engine: Engine,
@@ -115,7 +118,10 @@ impl Bench {
     }
 
     fn carry_out(&mut self) {
+        let mut actions = 0;
         while let Some(action) = self.engine.poll_action() {
+            actions += 1;
+            assert!(actions < RESTLESS, "it goes on and on: {action:?}");
             match action {
                 Action::Save { .. } | Action::SaveTransaction { .. } => {}
                 _ => self.seen.push(action.clone()),
@@ -189,7 +195,10 @@ impl Bench {
     /// Lets `duration` pass, stopping at each time the engine asks for.
     fn pass(&mut self, duration: Duration) {
         let until = self.now + duration;
+        let mut turns = 0;
         while let Some(at) = self.engine.poll_timeout().filter(|at| *at <= until) {
+            turns += 1;
+            assert!(turns < RESTLESS, "it never rests: due at {at:?}");
             self.now = self.now.max(at);
             self.engine.handle_timeout(self.now);
             self.carry_out();
