@@ -12,6 +12,11 @@ mod watch;
 
 use std::{net::Ipv4Addr, time::Duration};
 
+use serde::{
+    Deserialize as _,
+    de::{IntoDeserializer as _, value::Error as ValueError},
+};
+
 use super::{
     Action, AlarmId, Answer, AskError, Commit, Direction, Engine, Event, Evidence, IfIndex, Key,
     MacAddr, Message, MessageType, Notice, NoticeKind, Outcome, Policy, Port, PortLoss, Probe,
@@ -515,6 +520,57 @@ fn names_are_those_of_the_documents() {
         outcomes.map(Outcome::name),
         ["unverified", "verified", "ignored"]
     );
+    let states = [
+        (State::Requested, "requested"),
+        (State::Bound, "bound"),
+        (State::Silent, "silent"),
+        (State::Gone, "gone"),
+        (State::Releasing, "releasing"),
+        (State::Released, "released"),
+        (State::Refused, "refused"),
+        (State::Withdrawn, "withdrawn"),
+        (State::Expired, "expired"),
+        (State::Moved, "moved"),
+    ];
+    for (state, name) in states {
+        assert_eq!(state.name(), name);
+    }
+}
+
+#[test]
+fn a_mac_is_read_as_it_is_written() {
+    let mac = MacAddr([2, 0, 0x0f, 0xab, 0xcd, 0xef]);
+    let text = "02:00:0f:ab:cd:ef";
+    assert_eq!(
+        (mac.to_string(), format!("{mac:?}")),
+        (text.to_owned(), text.to_owned())
+    );
+    let read = |text: &str| {
+        let parsed = text.parse::<MacAddr>();
+        let deserialized: Result<MacAddr, ValueError> =
+            MacAddr::deserialize(text.into_deserializer());
+        assert_eq!(deserialized.ok(), parsed.clone().ok(), "{text}");
+        parsed
+    };
+    assert_eq!(read(text), Ok(mac));
+    assert_eq!(read("02:00:0F:AB:CD:EF"), Ok(mac));
+    for bad in [
+        "",
+        "02:00:0f:ab:cd",
+        "02:00:0f:ab:cd:ef:01",
+        "02:00:0f:ab:cd:e",
+        "2:00:0f:ab:cd:ef",
+        "02:00:0f:ab:cd:0ef",
+        "02:00:0f:ab:cd:eg",
+        "02:00:0f:ab:cd:+1",
+        "02-00-0f-ab-cd-ef",
+    ] {
+        let error = read(bad).map_err(|error| error.to_string());
+        assert!(
+            error.is_err_and(|it| it.starts_with(&format!("`{bad}` is not"))),
+            "{bad}"
+        );
+    }
 }
 
 /// Who has ended is remembered for as long as under the old one.
