@@ -324,6 +324,7 @@ mod tests {
         );
         assert_eq!((failed.passed, failed.failed, failed.skipped), (2, 1, 0));
     }
+
     #[test]
     fn only_tests_that_ran_and_passed_are_a_success() {
         let of = |counts: &[(u32, u32)]| {

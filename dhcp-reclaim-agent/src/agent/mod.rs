@@ -318,8 +318,7 @@ impl Agent {
         for (_, bridge) in self.segments.absent() {
             warn!(bridge, "not there yet: waiting for it");
         }
-        let status = self.status();
-        self.service.ready(&status);
+        self.service.ready(&self.status());
         let mut ring_turns = 0_u32;
         loop {
             if std::mem::take(&mut self.epoch_wanted) {
@@ -475,8 +474,7 @@ impl Agent {
                  enough come back, or `dhcp-reclaim resume`"
             );
         }
-        let status = self.status();
-        self.service.status(&status);
+        self.service.status(&self.status());
     }
 
     /// Before anything is concluded from what did or did not happen: was there a time in which

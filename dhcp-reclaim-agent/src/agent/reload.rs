@@ -12,8 +12,7 @@ impl Agent {
             Ok(()) => {
                 self.counters.reloads += 1;
                 info!("configuration read again, and followed");
-                let status = self.status();
-                self.service.ready(&status);
+                self.service.ready(&self.status());
             }
             Err(error) => {
                 self.counters.reloads_refused += 1;

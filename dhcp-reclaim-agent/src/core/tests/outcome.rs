@@ -10,6 +10,16 @@ fn answered(bench: &mut Bench, server: Ipv4Addr, answer: QueryAnswer) {
     });
 }
 
+/// The same of one of a crowd.
+fn answered_of(bench: &mut Bench, n: u16, server: Ipv4Addr, answer: QueryAnswer) {
+    let (.., ip, _) = nth(n);
+    bench.tell(Event::Queried {
+        key: Key { ip, ..KEY },
+        server,
+        answer,
+    });
+}
+
 /// Whether something newer than the RELEASE was seen; `None`: nobody looks any more.
 fn closed(bench: &Bench) -> Option<bool> {
     let vigil = bench.engine.binding(KEY).and_then(|it| it.vigil);
@@ -41,15 +51,18 @@ fn nth(n: u16) -> (IfIndex, MacAddr, Ipv4Addr, Ipv4Addr) {
 
 fn lease_all(bench: &mut Bench, count: u16, servers: bool) {
     for n in 0..count {
-        let (port, mac, ip, server) = nth(n);
-        let server_id = Some(if servers { server } else { SERVER });
-        bench.port(port, &format!("vm{n}"), Role::Vm);
-        for message in [bench.request(port, mac, ip), bench.ack(port, mac, ip)] {
-            bench.message(Message {
-                server_id,
-                ..message
-            });
-        }
+        lease_from(bench, n, if servers { nth(n).3 } else { SERVER });
+    }
+}
+
+fn lease_from(bench: &mut Bench, n: u16, server: Ipv4Addr) {
+    let (port, mac, ip, _) = nth(n);
+    bench.port(port, &format!("vm{n}"), Role::Vm);
+    for message in [bench.request(port, mac, ip), bench.ack(port, mac, ip)] {
+        bench.message(Message {
+            server_id: Some(server),
+            ..message
+        });
     }
 }
 
@@ -258,12 +271,7 @@ fn a_server_that_nobody_knows_is_asked_one_question_at_a_time() {
     assert_eq!(bench.releases(), 3);
     assert_eq!(bench.queries(), 1);
     // It answers: the others are asked too, and nobody waits for the one before.
-    let (.., ip, _) = nth(0);
-    bench.tell(Event::Queried {
-        key: Key { ip, ..KEY },
-        server: SERVER,
-        answer: QueryAnswer::Unassigned,
-    });
+    answered_of(&mut bench, 0, SERVER, QueryAnswer::Unassigned);
     bench.pass(secs(2));
     assert_eq!(bench.queries(), 3);
 }
@@ -275,18 +283,10 @@ fn who_is_busy_for_a_moment_is_asked_again_for_each() {
     bench.lease_query = None;
     all_die(&mut bench, 3);
     bench.pass(secs(10));
-    let says = |bench: &mut Bench, n: u16, answer| {
-        let (.., ip, _) = nth(n);
-        bench.tell(Event::Queried {
-            key: Key { ip, ..KEY },
-            server: SERVER,
-            answer,
-        });
-    };
-    says(&mut bench, 0, QueryAnswer::Unassigned);
+    answered_of(&mut bench, 0, SERVER, QueryAnswer::Unassigned);
     bench.pass(secs(2));
     for n in [1, 2] {
-        says(&mut bench, n, QueryAnswer::Silence);
+        answered_of(&mut bench, n, SERVER, QueryAnswer::Silence);
     }
     bench.lease_query = Some(QueryAnswer::Unassigned);
     bench.pass(secs(7));
@@ -299,26 +299,14 @@ fn one_that_answers_is_asked_for_each_where_no_other_is_asked() {
     let mut bench = crowd(64, true);
     let (.., first) = nth(0);
     for n in [64, 65] {
-        let (port, mac, ip, _) = nth(n);
-        bench.port(port, "late", Role::Vm);
-        for message in [bench.request(port, mac, ip), bench.ack(port, mac, ip)] {
-            bench.message(Message {
-                server_id: Some(first),
-                ..message
-            });
-        }
+        lease_from(&mut bench, n, first);
     }
     bench.pass(secs(5));
     bench.lease_query = None;
     all_die(&mut bench, 66);
     bench.pass(secs(20));
     assert_eq!((bench.releases(), bench.queries()), (66, 64));
-    let (.., ip, _) = nth(0);
-    bench.tell(Event::Queried {
-        key: Key { ip, ..KEY },
-        server: first,
-        answer: QueryAnswer::Unassigned,
-    });
+    answered_of(&mut bench, 0, first, QueryAnswer::Unassigned);
     bench.pass(secs(2));
     assert_eq!(bench.queries(), 66);
 }
