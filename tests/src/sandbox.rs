@@ -238,6 +238,8 @@ impl std::fmt::Display for Skip {
 impl std::error::Error for Skip {}
 
 fn run_here(path: &str, body: impl FnOnce() -> Result<()>) {
+    // libtest has begun a line with this test's name. What the test says of itself is read by lines.
+    println!();
     let Err(error) = enter().and_then(|()| body()) else {
         return;
     };
