@@ -16,12 +16,13 @@ use dhcp_reclaim_tests::{
     guest::{BOOTS, Guest, Image, KERNEL, Reboot, Spec, Tap},
     lab_test,
     node::Node,
-    sandbox::{find, skip},
+    sandbox::{DIR, find, skip},
     scene::Scene,
     server::{Place, ServerKind},
     vm::{Client, Station as _},
     world::PATIENCE,
 };
+use nix::mount::{MsFlags, mount};
 
 /// Longer than any reboot or pause here, as it has to be (docs/safety.md), and than any of these tests.
 const SILENT: [&str; 2] = ["--hold-down-silent", "10m"];
@@ -106,6 +107,21 @@ lab_test! {
         let (scene, mut guest, ip) = alive(Client::Dhclient, Tap::OfQemu, &[])?;
         guest.power_off()?;
         freed_once(&scene, &guest, ip)
+    }
+
+    /// One there that cannot run a machine is as good as none.
+    fn kvm_that_does_not_work_is_not_used() {
+        let image = image()?;
+        let dir = Path::new(DIR);
+        let there = Path::new("/dev/kvm").exists();
+        if there {
+            mount(
+                Some("/dev/null"), "/dev/kvm", None::<&str>, MsFlags::MS_BIND, None::<&str>,
+            )?;
+        }
+        let found = Accel::wanted(true, &image.kernel, dir);
+        ensure!(found == Accel::Tcg, "{found:?}");
+        Ok(())
     }
 
     fn rebooted_from_inside() { reboots(Client::Udhcpc, Reboot::FromInside) }

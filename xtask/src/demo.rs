@@ -5,6 +5,7 @@ use std::{
     io::{IsTerminal as _, stdout},
     net::Ipv4Addr,
     os::fd::AsFd as _,
+    path::Path,
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -39,13 +40,13 @@ pub fn main(args: &LabArgs) -> Result<ExitCode> {
         GuestKind::Veth => None,
         GuestKind::Qemu => Some(Image::new().context("cannot make what guests boot")?),
     };
+    let accel = guests.as_ref().map_or(Accel::Tcg, |image| {
+        Accel::wanted(args.kvm, &image.kernel, Path::new(sandbox::DIR))
+    });
     let lab = Lab {
         world: World::new(args.server, args.place, args.vms)?,
         guests,
-        accel: match args.kvm {
-            true => Accel::Kvm,
-            false => Accel::Tcg,
-        },
+        accel,
     };
     let world = &lab.world;
     let setup = world.agent(args.hook);

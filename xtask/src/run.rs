@@ -61,7 +61,7 @@ pub struct LabArgs {
     /// What the VMs are: veth (a namespace with a DHCP client) or qemu (emulated machines that boot)
     #[arg(long, default_value = "veth")]
     pub guest: GuestKind,
-    /// Guests of qemu with the processor's own virtualisation: faster, where it works
+    /// Machines with the processor's own virtualisation, if it works here: faster
     #[arg(long)]
     pub kvm: bool,
     /// Leave the lab up to play with
@@ -95,15 +95,22 @@ pub fn main(args: &Args) -> Result<ExitCode> {
         return agent_on_this_host(&args.agent);
     }
     let qemu = args.lab.guest == GuestKind::Qemu;
-    ensure!(qemu || !args.lab.kvm, "--kvm is for `--guest qemu`");
+    ensure!(
+        qemu || args.in_vm.is_some() || !args.lab.kvm,
+        "--kvm is for machines: add --guest qemu or --in-vm"
+    );
     if let Some(version) = args.in_vm {
         ensure!(
             !qemu,
             "there is no qemu inside of a machine: leave out --in-vm or --guest"
         );
-        let lab = args.lab.to_args();
+        let lab = LabArgs {
+            kvm: false,
+            ..args.lab.clone()
+        };
+        let lab = lab.to_args();
         let lab = lab.iter().map(|arg| arg.to_string_lossy().into_owned());
-        return vm::demo(version, lab.collect());
+        return vm::demo(version, args.lab.kvm, lab.collect());
     }
     ensure!(
         kept().is_none() || !args.lab.keep,

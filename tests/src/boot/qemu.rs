@@ -3,9 +3,13 @@ use std::{
     ffi::OsString,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
+use anyhow::{Result, ensure};
+
 use super::Kernel;
+use crate::{process::Process, watch::tail};
 
 pub const PROGRAM: &str = "qemu-system-x86_64";
 
@@ -19,17 +23,56 @@ pub enum Accel {
 /// A machine that is to boot.
 pub struct Machine<'a> {
     pub kernel: &'a Kernel,
-    pub initramfs: &'a Path,
+    pub initramfs: Option<&'a Path>,
     pub accel: Accel,
     pub cpus: u8,
     pub memory_mib: u32,
     /// Where the kernel's messages, and what its first process says, go.
     pub console: PathBuf,
-    /// More words for the kernel's command line; those after `--` are its first process's arguments.
+    /// More words for the kernel's command line, of which the last one counts; those after `--` are its
+    /// first process's arguments.
     pub append: String,
     /// More arguments for qemu: devices, monitors.
     pub args: Vec<OsString>,
 }
+
+impl Accel {
+    /// KVM if it is asked for and works here; else a word on standard error, and emulation. There may be
+    /// a /dev/kvm that cannot run a machine, so one is booted: a kernel, which panics for want of a root.
+    pub fn wanted(kvm: bool, kernel: &Kernel, dir: &Path) -> Self {
+        if !kvm {
+            return Self::Tcg;
+        }
+        match Self::boots(kernel, dir) {
+            Ok(()) => Self::Kvm,
+            Err(error) => {
+                eprintln!("warning: KVM does not work here, machines are emulated: {error:#}");
+                Self::Tcg
+            }
+        }
+    }
+
+    fn boots(kernel: &Kernel, dir: &Path) -> Result<()> {
+        let dir = dir.join("kvm");
+        let machine = Machine {
+            kernel,
+            initramfs: None,
+            accel: Self::Kvm,
+            cpus: 1,
+            memory_mib: 512,
+            console: dir.join("console.log"),
+            append: String::new(),
+            args: Vec::new(),
+        };
+        let mut qemu = Process::spawn(&dir, "qemu", &mut machine.command())?;
+        let status = qemu.wait_end(KVM_LIMIT)?;
+        ensure!(status.success(), "qemu {status}: {}", tail(&qemu.log(), 3));
+        Ok(())
+    }
+}
+
+/// With KVM a kernel is there within two seconds.
+const KVM_LIMIT: Duration = Duration::from_secs(30);
 
 impl Machine<'_> {
     /// Not started yet. A machine that panics, is powered off or wants to reboot ends its qemu.
@@ -48,8 +91,10 @@ impl Machine<'_> {
         command.arg("-chardev").arg(console);
         command.args(["-serial", "chardev:console"]);
         command.arg("-kernel").arg(&self.kernel.image);
-        command.arg("-initrd").arg(self.initramfs);
-        // Each panic ends the machine, and so does what would else only be a message.
+        if let Some(initramfs) = self.initramfs {
+            command.arg("-initrd").arg(initramfs);
+        }
+        // A panic is a reboot, which ends the machine; so does what would else only be a message.
         command.arg("-append").arg(format!(
             "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 {}",
             self.append

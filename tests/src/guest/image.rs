@@ -18,7 +18,7 @@ pub const KERNEL: KernelVersion = KernelVersion::V6_12;
 
 #[derive(Clone, Debug)]
 pub struct Image {
-    pub(super) kernel: Kernel,
+    pub kernel: Kernel,
     pub(super) initramfs: PathBuf,
 }
 

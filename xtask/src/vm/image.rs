@@ -38,6 +38,7 @@ const TOOLS: &[&str] = &[
     "dnsmasq",
     "ethtool",
     "false",
+    "grep",
     "ip",
     "kea-dhcp4",
     "ls",
