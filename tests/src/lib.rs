@@ -1,6 +1,7 @@
 //! The lab: namespaces, bridges, servers and clients that tests and `cargo xtask run` share.
 pub mod agent;
 pub mod boot;
+pub mod bpf;
 pub mod clock;
 pub mod cluster;
 pub mod corpus;

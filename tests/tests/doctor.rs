@@ -5,7 +5,7 @@ use std::{
     io::Write as _,
     net::UdpSocket,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
     },
     path::Path,
@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
     agent::{Answer, Hook, STATE, Setup, binary},
     boot::kernel::{running, unlimit_locked_memory},
+    bpf::{self, LINK_CREATE, PROG_LOAD, attributes},
     fixture::{BRIDGE, vm_mac},
     lab_test,
     node::Node,
@@ -23,7 +24,7 @@ use dhcp_reclaim_tests::{
     server::Place,
     vm::Vm,
 };
-use nix::{errno::Errno, libc, net::if_::if_nametoindex};
+use nix::net::if_::if_nametoindex;
 use serde::Deserialize;
 
 const CONTROL: &str = "/run/lab/control.sock";
@@ -94,44 +95,25 @@ const HERE: &[&str] = &["--bridge", BRIDGE];
 
 /// Says that it is one of the programs, and does nothing: what others attach.
 fn foreign(kind: u32, attach: u32, flags: u32, result: i32) -> Result<(OwnedFd, OwnedFd)> {
-    const PROG_LOAD: libc::c_long = 5;
-    const LINK_CREATE: libc::c_long = 28;
     let [a, b, c, d] = result.to_ne_bytes();
     // r0 = result; exit
     let code: [u8; 16] = [0xb7, 0, 0, 0, a, b, c, d, 0x95, 0, 0, 0, 0, 0, 0, 0];
     let license = c"GPL";
-    let mut load = [0_u8; 72];
-    load[0..4].copy_from_slice(&kind.to_ne_bytes());
-    load[4..8].copy_from_slice(&2_u32.to_ne_bytes());
-    load[8..16].copy_from_slice(&(code.as_ptr() as u64).to_ne_bytes());
-    load[16..24].copy_from_slice(&(license.as_ptr() as u64).to_ne_bytes());
+    let mut load = attributes(
+        &[(0, kind), (4, 2)],
+        &[(8, code.as_ptr() as u64), (16, license.as_ptr() as u64)],
+    );
     load[48..55].copy_from_slice(b"foreign");
-    let program = bpf(PROG_LOAD, &load)?;
-    let ifindex = if_nametoindex(PORT)?;
-    let mut link = [0_u8; 64];
-    for (at, word) in [program.as_raw_fd().cast_unsigned(), ifindex, attach, flags]
-        .iter()
-        .enumerate()
-    {
-        link[at * 4..][..4].copy_from_slice(&word.to_ne_bytes());
-    }
-    Ok((program, bpf(LINK_CREATE, &link)?))
-}
-
-fn bpf(command: libc::c_long, attributes: &[u8]) -> Result<OwnedFd> {
-    // SAFETY: the attributes, and what they point to, live for the call; the kernel reads as many
-    // bytes as it is told.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            attributes.as_ptr(),
-            attributes.len(),
-        )
-    };
-    let fd = Errno::result(fd).with_context(|| format!("bpf({command})"))?;
-    // SAFETY: the kernel just gave us this descriptor, and nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd.try_into()?) })
+    let program = bpf::open(PROG_LOAD, &load)?;
+    let fd = program.as_raw_fd().cast_unsigned();
+    let words = [
+        (0, fd),
+        (4, if_nametoindex(PORT)?),
+        (8, attach),
+        (12, flags),
+    ];
+    let link = bpf::open(LINK_CREATE, &attributes(&words, &[]))?;
+    Ok((program, link))
 }
 
 lab_test! {
@@ -224,24 +206,28 @@ lab_test! {
         clean(&doctor(HERE)?)
     }
 
-    fn programs_in_front_of_ours() {
+    fn an_xdp_program_in_front_of_ours() {
         let (_node, _vm) = node()?;
         const XDP: (u32, u32) = (6, 37);
-        const TCX: (u32, u32) = (3, 46);
         const GENERIC: u32 = 1 << 1;
-        const BEFORE: u32 = 1 << 3;
         unlimit_locked_memory()?;
         let (program, link) = foreign(XDP.0, XDP.1, GENERIC, 2)?;
         let found = amiss(&doctor(HERE)?, "port", "warn")?;
         ensure!(found.text.contains("vm1 has an XDP program"), "{found:?}");
         ensure!(found.mend.as_deref() == Some("ip link set dev vm1 xdp off"), "{found:?}");
         drop((program, link));
-        clean(&doctor(HERE)?)?;
+        clean(&doctor(HERE)?)
+    }
 
-        let agent = Setup::new(Place::Local, Hook::Tc).start()?;
+    fn a_tcx_program_in_front_of_ours() {
+        const TCX: (u32, u32) = (3, 46);
+        const BEFORE: u32 = 1 << 3;
         if running()? < (6, 6) {
             return skip("tcx comes with Linux 6.6");
         }
+        let (_node, _vm) = node()?;
+        unlimit_locked_memory()?;
+        let agent = Setup::new(Place::Local, Hook::Tc).start()?;
         let (program, link) = foreign(TCX.0, TCX.1, BEFORE, -1)?;
         let found = amiss(&doctor(HERE)?, "port", "warn")?;
         ensure!(found.text.contains("vm1 has foreign in front of ours"), "{found:?}");

@@ -23,6 +23,10 @@ use nix::sys::{
 
 use super::{Kernel, KernelError, attach::Attachments, maps::Maps};
 
+/// The kernel half as it was built: an ELF file.
+pub static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dhcp-reclaim-bpf"));
+
 /// Where the kernel half listens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Hook {
@@ -184,12 +188,7 @@ pub(super) fn load(options: &LoadOptions) -> Result<Kernel, KernelError> {
     for (spec, path) in specs.iter().zip(&paths) {
         loader.map_pin_path(spec.name, path.as_path());
     }
-    let mut ebpf = loader
-        .load(aya::include_bytes_aligned!(concat!(
-            env!("OUT_DIR"),
-            "/dhcp-reclaim-bpf"
-        )))
-        .map_err(explain)?;
+    let mut ebpf = loader.load(OBJECT).map_err(explain)?;
 
     let programs: &[_] = match options.hook {
         Hook::Tc | Hook::Clsact => &["vm_ingress", "vm_egress", "emit", "baseline"],

@@ -24,7 +24,7 @@ use nix::net::if_::if_indextoname;
 pub use self::{
     attach::AttachedHook,
     expedite::Expedite,
-    load::{Hook, LoadOptions, PINS},
+    load::{Hook, LoadOptions, OBJECT, PINS},
     message::{Malformed, message, role_of, watch_ip, watch_mac},
     ring::{BATCH, RecordRing},
 };

@@ -24,7 +24,8 @@ const BPFFS: &str = "/run/drk-bpffs";
 /// Runs a test in network and mount namespaces of its own, with a BPF file system.
 pub fn alone(test: impl FnOnce() + Send + 'static) {
     if !geteuid().is_root() {
-        eprintln!("skipped: needs root, for namespaces and BPF");
+        let test = thread::current();
+        println!("SKIP {}: needs root", test.name().unwrap_or_default());
         return;
     }
     let world = thread::spawn(|| {

@@ -162,7 +162,7 @@ pub fn small(
 ) -> Result<()> {
     let tests = |suite: &str| -> Option<&[&str]> {
         Some(match suite {
-            "kernel" | "captures" => &[],
+            "kernel" | "verifier" | "captures" => &[],
             "main_road" => &[
                 "dnsmasq_remote_tc::dies_with_its_port",
                 "kea_local_tc::dies_with_its_port",
@@ -204,7 +204,7 @@ pub fn small(
     Ok(())
 }
 
-const SMALL_SUITES: usize = 5;
+const SMALL_SUITES: usize = 6;
 
 /// `xtask run --in-vm`: the main job, shown on another kernel.
 pub fn demo(version: KernelVersion, kvm: bool, lab: Vec<String>) -> Result<ExitCode> {
