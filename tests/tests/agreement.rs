@@ -51,7 +51,10 @@ fn xdp_agrees_about_what_a_vm_sends() {
 
 fn agree(hook: Hook, role: Role, direction: u8) {
     let mut seeds = seeds();
-    seeds.retain(|(_, frame)| can_run(frame));
+    // No frame is worth a test that is too short to be one.
+    let short = seeds.extract_if(.., |(_, frame)| !can_run(frame));
+    let short: Vec<_> = short.filter(|(_, frame)| frame.len() >= SHORTEST).collect();
+    assert!(short.is_empty(), "not tried in the kernel: {short:?}");
     let mut pair = Pair::new(hook, role, direction);
     for (name, frame) in &seeds {
         pair.run(name, frame);
@@ -93,6 +96,9 @@ fn agree(hook: Hook, role: Role, direction: u8) {
     );
     assert!(pushed > mutants / 50, "only {pushed} records");
 }
+
+/// An Ethernet header, and the first of what it announces.
+const SHORTEST: usize = 15;
 
 /// A test run takes no frame without payload, and on newer kernels none that is shorter than the IP
 /// header which its type promises.

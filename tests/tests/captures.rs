@@ -38,6 +38,9 @@ use world::{LO, alone, load, port, run_tc, runtime};
 /// For a client's T1, and for a machine without a hypervisor's help.
 const LONG: Duration = Duration::from_secs(60);
 
+/// How the names of captures begin.
+const CLIENTS: [&str; 5] = ["udhcpc-", "dhclient-", "dhcpcd-", "networkd-", "ipxe-"];
+
 /// What is written next to a capture.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -114,7 +117,16 @@ fn captures() -> Vec<(String, Vec<Vec<u8>>, Description)> {
         let description = toml::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
         captures.push((name, frames, description));
     }
-    assert!(captures.len() >= 7, "{} captures", captures.len());
+    for client in CLIENTS {
+        let some = captures.iter().any(|(name, ..)| name.starts_with(client));
+        assert!(some, "no capture of {client}");
+    }
+    let files = fs::read_dir(CAPTURES).unwrap().count();
+    assert_eq!(
+        files,
+        2 * captures.len(),
+        "a capture without a description, in {CAPTURES}"
+    );
     captures
 }
 

@@ -8,6 +8,7 @@ mod seeds;
 use std::{
     cell::Cell,
     collections::{BTreeMap, BTreeSet},
+    fs,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Once,
     thread::available_parallelism,
@@ -31,6 +32,18 @@ use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
 use seeds::{Shown, count, seeds};
 use targets::{Buffers, TARGETS};
+
+/// A fuzzer runs what has a file.
+#[test]
+fn every_target_is_fuzzed() {
+    const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/fuzz_targets");
+    let files = fs::read_dir(FILES).unwrap();
+    let files: BTreeSet<_> = files.map(|file| file.unwrap().file_name()).collect();
+    let targets = TARGETS
+        .iter()
+        .map(|target| format!("{}.rs", target.name).into());
+    assert_eq!(files, targets.collect());
+}
 
 #[test]
 fn every_corpus_is_survived() {
