@@ -1,14 +1,19 @@
 //! Whole lives of real clients, as they were on the wire: each frame is the record that another
 //! parser wrote down next to it.
 //!
-//! `cargo test -p dhcp-reclaim-tests --test captures -- --ignored`, as root, makes the captures anew;
-//! iPXE's needs the packages qemu-system-x86 and ipxe-qemu.
+//! `cargo test -p dhcp-reclaim-tests --test captures -- --ignored`, as root, makes the captures anew. It
+//! needs the package tshark, and iPXE's needs qemu-system-x86 and ipxe-qemu.
 
 #[expect(dead_code, reason = "shared with the other suites")]
 mod world;
 
 use std::{
-    collections::BTreeMap, fmt, fs, net::Ipv4Addr, path::Path, process::Command, time::Duration,
+    collections::BTreeMap,
+    fmt, fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -24,7 +29,9 @@ use dhcp_reclaim_ebpf::{
 use dhcp_reclaim_tests::{
     corpus::CAPTURES,
     fixture::{BRIDGE, Mac, vm_mac},
-    lab_test, pcap,
+    lab_test,
+    netns::NetNs,
+    pcap,
     process::Process,
     sandbox::{DIR, find, run},
     server::{Place, Pool, ServerKind},
@@ -32,6 +39,7 @@ use dhcp_reclaim_tests::{
     wire::{self, ACK, Capture, DECLINE, DISCOVER, Dhcp, Frame, NAK, OFFER, RELEASE, REQUEST},
     world::{PATIENCE, World},
 };
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use world::{LO, alone, load, port, run_tc, runtime};
 
@@ -280,6 +288,7 @@ fn record(name: &str, client: Client, server: ServerKind, packages: &[&str]) -> 
     let mut vm = Vm::off(&world.node, "vm1", vm_mac(1))?;
     vm.plug_in()?;
     let wire = Capture::start(&world.node.netns, "vm1")?;
+    let shark = Tshark::start(&world.node.netns, "vm1")?;
     vm.wait_forwarding(PATIENCE)?;
     vm.start_client(client)?;
     let ip = vm.wait_lease(PATIENCE)?;
@@ -302,7 +311,7 @@ fn record(name: &str, client: Client, server: ServerKind, packages: &[&str]) -> 
         world.server.wait_gone(ip, PATIENCE)?;
         format!("{name_of} takes a lease from {server}, {renews}, and gives it back")
     };
-    save(name, &about, packages, &wire)
+    save(name, &about, packages, &wire, shark)
 }
 
 /// A diskless qemu boots from its network card's own ROM.
@@ -313,6 +322,7 @@ fn record_ipxe(name: &str, packages: &[&str]) -> Result<()> {
          link set vm1 master {BRIDGE} up"
     ))?;
     let wire = Capture::start(&world.node.netns, "vm1")?;
+    let shark = Tshark::start(&world.node.netns, "vm1")?;
     // Not a copy: it finds its modules from where it is.
     let qemu = find("qemu-system-x86_64").context("qemu-system-x86 is not installed")?;
     let mut qemu = world.node.netns.command(qemu);
@@ -341,24 +351,71 @@ fn record_ipxe(name: &str, packages: &[&str]) -> Result<()> {
     qemu.kill();
     let about = "iPXE, from the ROM of qemu's network card, takes a lease from dnsmasq; it never \
                  renews one, nor gives one back";
-    save(name, about, packages, &wire)
+    save(name, about, packages, &wire, shark)
 }
 
-fn save(name: &str, about: &str, packages: &[&str], wire: &Capture) -> Result<()> {
-    let frames: Vec<_> = wire
-        .frames()
-        .into_iter()
-        .filter(|f| f.dhcp().is_some())
-        .collect();
-    let records: Vec<_> = frames
-        .iter()
-        .filter_map(|frame| Some(Row::of_dhcp(&frame.dhcp()?).to_string()))
-        .collect();
+/// Somebody else's recorder, of DHCP only.
+struct Tshark {
+    process: Process,
+    file: PathBuf,
+}
+
+impl Tshark {
+    fn start(netns: &NetNs, link: &str) -> Result<Self> {
+        let file = Path::new(DIR).join("tshark.pcap");
+        let program = find("tshark").context("tshark is not installed")?;
+        let mut command = netns.command(program);
+        command.args(["-n", "-i", link, "-f", "udp port 67 or udp port 68"]);
+        command.args(["-l", "-P", "-F", "pcap", "-w"]).arg(&file);
+        let mut process = Process::spawn(Path::new(DIR), "tshark", &mut command)?;
+        // It makes the file once it listens.
+        process.wait_log(&["Capture started"], PATIENCE)?;
+        Ok(Self { process, file })
+    }
+
+    /// Once it has told so many frames: it is given them by and by.
+    fn stop(mut self, frames: usize) -> Result<PathBuf> {
+        self.process
+            .wait_log_nth("Transaction ID", frames, PATIENCE)?;
+        self.process.signal(Signal::SIGINT)?;
+        let status = self.process.wait_end(PATIENCE)?;
+        ensure!(status.success(), "tshark {status}: {}", self.process.log());
+        Ok(self.file)
+    }
+}
+
+/// As tshark wrote it, if the lab's own capture has the same frames.
+fn save(name: &str, about: &str, packages: &[&str], wire: &Capture, shark: Tshark) -> Result<()> {
+    let seen = wire.frames();
+    let seen = seen.iter().filter(|frame| frame.dhcp().is_some()).count();
+    let capture = shark.stop(seen)?;
+    let (mut frames, mut records) = (Vec::new(), Vec::new());
+    for frame in wire.frames() {
+        if let Some(dhcp) = frame.dhcp() {
+            records.push(Row::of_dhcp(&dhcp).to_string());
+            frames.push(frame.bytes);
+        }
+    }
+    let recorded = pcap::read(&capture)?;
+    ensure!(
+        recorded.len() >= seen,
+        "tshark has {} of {seen}",
+        recorded.len()
+    );
+    // A renewal may have come when tshark was told to end.
+    frames.truncate(recorded.len());
+    records.truncate(recorded.len());
     ensure!(records.len() >= 4, "too few: {records:?}");
+    ensure!(
+        recorded == frames,
+        "tshark has {} frames, and others than the lab: {records:?}",
+        recorded.len()
+    );
     let description = Description {
         about: about.to_owned(),
         made_with: packages
             .iter()
+            .chain(&["tshark"])
             .map(|name| version(name))
             .collect::<Result<_>>()?,
         records,
@@ -369,8 +426,8 @@ fn save(name: &str, about: &str, packages: &[&str], wire: &Capture) -> Result<()
         file.with_extension("toml"),
         toml::to_string_pretty(&description)?,
     )?;
-    let frames: Vec<_> = frames.into_iter().map(|frame| frame.bytes).collect();
-    pcap::write(&file.with_extension("pcap"), &frames)
+    fs::copy(capture, file.with_extension("pcap"))?;
+    Ok(())
 }
 
 fn version(package: &str) -> Result<String> {
