@@ -62,6 +62,7 @@ fn the_kernel_hurries_for_as_long_as_it_is_told_to() {
 
     let read = || std::fs::read_to_string(KNOB);
     let Ok(before) = read() else {
+        println!("SKIP the_kernel_hurries_for_as_long_as_it_is_told_to: there is no {KNOB}");
         return;
     };
     let hurry = Expedite::open().unwrap();
