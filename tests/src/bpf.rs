@@ -25,9 +25,11 @@ pub fn attributes(words: &[(usize, u32)], longs: &[(usize, u64)]) -> [u8; 128] {
     bytes
 }
 
-pub fn call(command: c_long, attributes: &[u8]) -> Result<c_long> {
-    // SAFETY: the attributes, and what they point to, live for the call; the kernel reads as many
-    // bytes as it is told.
+/// # Safety
+///
+/// Every pointer among the attributes is good for the length that goes with it.
+pub unsafe fn call(command: c_long, attributes: &[u8]) -> Result<c_long> {
+    // SAFETY: the kernel reads as many bytes as it is told; the caller vouches for the pointers.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -40,8 +42,13 @@ pub fn call(command: c_long, attributes: &[u8]) -> Result<c_long> {
 }
 
 /// A call that returns a new descriptor.
-pub fn open(command: c_long, attributes: &[u8]) -> Result<OwnedFd> {
-    let fd = call(command, attributes)?;
+///
+/// # Safety
+///
+/// As for [`call`], and it is one that does.
+pub unsafe fn open(command: c_long, attributes: &[u8]) -> Result<OwnedFd> {
+    // SAFETY: the caller vouches for it.
+    let fd = unsafe { call(command, attributes) }?;
     // SAFETY: the kernel just gave us this descriptor, and nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd.try_into()?) })
 }

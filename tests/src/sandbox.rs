@@ -244,7 +244,7 @@ fn run_here(path: &str, body: impl FnOnce() -> Result<()>) {
         return;
     };
     if let Some(Skip(reason)) = error.downcast_ref() {
-        println!("SKIP {path}: {reason}");
+        println!("\nSKIP {path}: {reason}");
         return;
     }
     panic!("{error:#}");

@@ -51,10 +51,13 @@ fn xdp_agrees_about_what_a_vm_sends() {
 
 fn agree(hook: Hook, role: Role, direction: u8) {
     let mut seeds = seeds();
-    // No frame is worth a test that is too short to be one.
-    let short = seeds.extract_if(.., |(_, frame)| !can_run(frame));
-    let short: Vec<_> = short.filter(|(_, frame)| frame.len() >= SHORTEST).collect();
-    assert!(short.is_empty(), "not tried in the kernel: {short:?}");
+    let all = seeds.len();
+    seeds.retain(|(_, frame)| can_run(frame));
+    let short = all - seeds.len();
+    assert!(
+        short < all / 20,
+        "{short} of {all} are too short for a test run"
+    );
     let mut pair = Pair::new(hook, role, direction);
     for (name, frame) in &seeds {
         pair.run(name, frame);
@@ -92,13 +95,11 @@ fn agree(hook: Hook, role: Role, direction: u8) {
     let pushed = pair.pushed - pushed;
     println!(
         "NOTE {mutants} frames in the kernel ({hook:?}, {role:?}, direction {direction}) as on the \
-         host, {pushed} of them records, {rate:.0} a second"
+         host, {pushed} of them records, {rate:.0} a second; {short} of {all} seeds are too short \
+         for a test run"
     );
     assert!(pushed > mutants / 50, "only {pushed} records");
 }
-
-/// An Ethernet header, and the first of what it announces.
-const SHORTEST: usize = 15;
 
 /// A test run takes no frame without payload, and on newer kernels none that is shorter than the IP
 /// header which its type promises.

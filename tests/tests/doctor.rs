@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
     agent::{Answer, Hook, STATE, Setup, binary},
-    boot::kernel::{running, unlimit_locked_memory},
+    boot::kernel::{has_tcx, unlimit_locked_memory},
     bpf::{self, LINK_CREATE, PROG_LOAD, attributes},
     fixture::{BRIDGE, vm_mac},
     lab_test,
@@ -104,7 +104,8 @@ fn foreign(kind: u32, attach: u32, flags: u32, result: i32) -> Result<(OwnedFd, 
         &[(8, code.as_ptr() as u64), (16, license.as_ptr() as u64)],
     );
     load[48..55].copy_from_slice(b"foreign");
-    let program = bpf::open(PROG_LOAD, &load)?;
+    // SAFETY: the code has two instructions, and the license its end; both live.
+    let program = unsafe { bpf::open(PROG_LOAD, &load) }?;
     let fd = program.as_raw_fd().cast_unsigned();
     let words = [
         (0, fd),
@@ -112,7 +113,8 @@ fn foreign(kind: u32, attach: u32, flags: u32, result: i32) -> Result<(OwnedFd, 
         (8, attach),
         (12, flags),
     ];
-    let link = bpf::open(LINK_CREATE, &attributes(&words, &[]))?;
+    // SAFETY: no pointers.
+    let link = unsafe { bpf::open(LINK_CREATE, &attributes(&words, &[])) }?;
     Ok((program, link))
 }
 
@@ -222,7 +224,7 @@ lab_test! {
     fn a_tcx_program_in_front_of_ours() {
         const TCX: (u32, u32) = (3, 46);
         const BEFORE: u32 = 1 << 3;
-        if running()? < (6, 6) {
+        if !has_tcx()? {
             return skip("tcx comes with Linux 6.6");
         }
         let (_node, _vm) = node()?;

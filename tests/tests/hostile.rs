@@ -207,7 +207,9 @@ proptest! {
             (b.op, b.ciaddr, b.yiaddr) = (op, ciaddr, yiaddr);
             b.tags.extend(tag.map(|tag| (0x8100, tag)));
         });
-        prop_assert_eq!(compare(&frame.build()), Verdict::Same);
+        let frame = frame.build();
+        prop_assert_eq!(compare(&frame), Verdict::Same);
+        prop_assert_eq!(classify_frame(&frame, Tag::NONE).1.anomalies, 0);
     }
 }
 

@@ -164,6 +164,7 @@ fn the_configuration_reference_is_what_the_code_says() {
 #[test]
 fn every_default_is_the_one_that_is_told() {
     let default = load("").unwrap();
+    let mut tried = 0;
     for arg in run().get_arguments().filter(|arg| arg.get_long().is_some()) {
         let (_, Some(told), _) = (match arg.get_help() {
             Some(_) => help(arg),
@@ -180,7 +181,9 @@ fn every_default_is_the_one_that_is_told() {
             .or_else(|_| load(&format!("{name} = {told}\n")))
             .unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(loaded, default, "{name} = {told} is not the default");
+        tried += 1;
     }
+    assert!(tried > 10, "{tried} have a default");
 }
 
 /// The names of an enum's variants, as serde was told them by the derive.

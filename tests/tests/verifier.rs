@@ -49,10 +49,12 @@ fn the_verifier_has_no_more_to_do_than_is_recorded() {
         );
         let record: BTreeMap<String, Counts> =
             serde_json::from_slice(&fs::read(RECORD).unwrap()).unwrap();
-        // The matrix excuses nothing of this; elsewhere kernels come and go.
+        // The matrix excuses no such skip, also where `newest` has become another: its count is to be seen
+        // and written down. Elsewhere kernels come and go.
         let Some(recorded) = record.get(&version) else {
             println!(
-                "SKIP the_verifier_has_no_more_to_do_than_is_recorded: {RECORD} has no Linux {version}"
+                "SKIP the_verifier_has_no_more_to_do_than_is_recorded: {RECORD} has no Linux \
+                 {version}: what the NOTE says can go there"
             );
             return;
         };
@@ -83,12 +85,11 @@ fn what_is_logged_is_what_is_loaded() {
                 // The other hook's programs are not loaded.
                 let Ok(info) = program.info() else { continue };
                 let count = info.verified_instruction_count();
-                assert_eq!(count.is_some(), running().unwrap() >= (5, 16));
                 counts.extend(count.map(|count| (name.to_owned(), count)));
             }
             kernel.unpin_all().unwrap();
         }
-        if !counts.is_empty() {
+        if running().unwrap() >= (5, 16) {
             assert_eq!(counts, logged());
         }
     });
@@ -124,9 +125,12 @@ fn logged() -> Counts {
                         (16, map.data().as_ptr() as u64),
                     ],
                 );
-                call(MAP_UPDATE_ELEM, &entry).unwrap();
+                // SAFETY: the map has this key's size, and its value's is that of the data.
+                unsafe { call(MAP_UPDATE_ELEM, &entry) }.unwrap();
                 if name.starts_with(".rodata") {
-                    call(MAP_FREEZE, &attributes(&[(0, fd.cast_unsigned())], &[])).unwrap();
+                    let map = attributes(&[(0, fd.cast_unsigned())], &[]);
+                    // SAFETY: no pointers.
+                    unsafe { call(MAP_FREEZE, &map) }.unwrap();
                 }
             }
             (name, data, map)
@@ -163,7 +167,8 @@ fn processed(kind: u32, code: &[bpf_insn]) -> u32 {
             (32, log.as_mut_ptr() as u64),
         ],
     );
-    let loaded = open(PROG_LOAD, &program);
+    // SAFETY: the code and the log are as long as it says, and the license has its end; all live.
+    let loaded = unsafe { open(PROG_LOAD, &program) };
     let log = String::from_utf8_lossy(&log).into_owned();
     let log = log.trim_end_matches('\0');
     loaded.unwrap_or_else(|error| panic!("{error:#}: {log}"));

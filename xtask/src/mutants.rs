@@ -60,8 +60,9 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     match Guarded::spawn(command.stdin(Stdio::null()))?.wait(&signals, None)? {
         End::Exited(status) if status.success() => Ok(ExitCode::SUCCESS),
         // A test that does not end fails as well as one that says so.
-        End::Exited(status) if status.code() == Some(TIMED_OUT) && missed()?.is_empty() => {
-            println!("none survived; a test ran out of its time for those of {OUT}/timeout.txt");
+        End::Exited(status) if status.code() == Some(TIMED_OUT) && listed("missed")?.is_empty() => {
+            println!("none survived; of these a test ran out of its time ({OUT}/timeout.txt):");
+            print!("{}", listed("timeout")?);
             Ok(ExitCode::SUCCESS)
         }
         other => {
@@ -74,7 +75,8 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     }
 }
 
-fn missed() -> Result<String> {
-    let path = root().join(OUT).join("missed.txt");
+/// Mutants, one in a line.
+fn listed(what: &str) -> Result<String> {
+    let path = root().join(OUT).join(what).with_extension("txt");
     fs::read_to_string(&path).with_context(|| path.display().to_string())
 }

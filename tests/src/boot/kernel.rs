@@ -175,7 +175,8 @@ pub fn has_tcx() -> Result<bool> {
     Ok(running()? >= (6, 6))
 }
 
-fn version(release: &str) -> Option<(u32, u32)> {
+/// Of a kernel's release, as in `6.12.90-amd64`.
+pub fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }

@@ -1,6 +1,7 @@
 //! qemu, told in one way everywhere: a kernel, an initramfs, and a console.
 use std::{
     ffi::OsString,
+    fs,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -43,7 +44,7 @@ impl Accel {
         if !kvm {
             return Self::Tcg;
         }
-        match Self::boots(kernel, dir) {
+        match Self::Kvm.boots(kernel, dir, KVM_LIMIT) {
             Ok(()) => Self::Kvm,
             Err(error) => {
                 eprintln!("warning: KVM does not work here, machines are emulated: {error:#}");
@@ -52,12 +53,15 @@ impl Accel {
         }
     }
 
-    fn boots(kernel: &Kernel, dir: &Path) -> Result<()> {
-        let dir = dir.join("kvm");
+    /// # Errors
+    ///
+    /// It does not come as far as to a panic within `limit`; and why, if qemu knows.
+    pub fn boots(self, kernel: &Kernel, dir: &Path, limit: Duration) -> Result<()> {
+        let dir = dir.join("accel");
         let machine = Machine {
             kernel,
             initramfs: None,
-            accel: Self::Kvm,
+            accel: self,
             cpus: 1,
             memory_mib: 512,
             console: dir.join("console.log"),
@@ -65,8 +69,11 @@ impl Accel {
             args: Vec::new(),
         };
         let mut qemu = Process::spawn(&dir, "qemu", &mut machine.command())?;
-        let status = qemu.wait_end(KVM_LIMIT)?;
+        let status = qemu.wait_end(limit)?;
         ensure!(status.success(), "qemu {status}: {}", tail(&qemu.log(), 3));
+        let console = fs::read(&machine.console)?;
+        let console = String::from_utf8_lossy(&console);
+        ensure!(console.contains("Kernel panic"), "{:?}", tail(&console, 3));
         Ok(())
     }
 }
