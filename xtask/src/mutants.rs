@@ -1,10 +1,12 @@
 //! `cargo xtask mutants`: every small change of the core must fail some test.
 use std::{
     fs,
+    path::PathBuf,
     process::{ExitCode, Stdio},
 };
 
 use anyhow::{Context as _, Result};
+use serde::Deserialize;
 
 use crate::{
     cargo::{cargo, root},
@@ -59,24 +61,73 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     let signals = Signals::catch()?;
     match Guarded::spawn(command.stdin(Stdio::null()))?.wait(&signals, None)? {
         End::Exited(status) if status.success() => Ok(ExitCode::SUCCESS),
-        // A test that does not end fails as well as one that says so.
-        End::Exited(status) if status.code() == Some(TIMED_OUT) && listed("missed")?.is_empty() => {
-            println!("none survived; of these a test ran out of its time ({OUT}/timeout.txt):");
-            print!("{}", listed("timeout")?);
+        // Some test had failed by then, or they only were too slow.
+        End::Exited(status) if status.code() == Some(TIMED_OUT) && none_survived()? => {
             Ok(ExitCode::SUCCESS)
         }
         other => {
             eprintln!(
-                "error: not every mutant was caught ({OUT}/missed.txt): write a \
-                 test that fails for it, or a reason into {CONFIG}"
+                "error: not every mutant was caught ({OUT}): write a test that fails for it, or a reason \
+                 into {CONFIG}"
             );
             Ok(other.code())
         }
     }
 }
 
-/// Mutants, one in a line.
-fn listed(what: &str) -> Result<String> {
-    let path = root().join(OUT).join(what).with_extension("txt");
-    fs::read_to_string(&path).with_context(|| path.display().to_string())
+/// Says which have, or may have.
+fn none_survived() -> Result<bool> {
+    let out = root().join(OUT);
+    let outcomes = fs::read(out.join("outcomes.json")).context("what cargo-mutants found")?;
+    let outcomes: Outcomes = serde_json::from_slice(&outcomes)?;
+    let mut none = true;
+    for outcome in outcomes.outcomes {
+        let survived = match &*outcome.summary {
+            "MissedMutant" => true,
+            "Timeout" => {
+                let log = fs::read(out.join(&outcome.log_path));
+                let log = log.context("what a mutant's tests said")?;
+                !has_failed_test(&String::from_utf8_lossy(&log))
+            }
+            _ => false,
+        };
+        if survived {
+            eprintln!(
+                "error: no test failed: {OUT}/{}",
+                outcome.log_path.display()
+            );
+            none = false;
+        }
+    }
+    Ok(none)
+}
+
+#[derive(Deserialize)]
+struct Outcomes {
+    outcomes: Vec<Outcome>,
+}
+
+#[derive(Deserialize)]
+struct Outcome {
+    summary: String,
+    /// Beside the outcomes.
+    log_path: PathBuf,
+}
+
+fn has_failed_test(log: &str) -> bool {
+    let mut lines = log.lines();
+    lines.any(|line| line.starts_with("test ") && line.ends_with(" ... FAILED"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_that_failed_is_found() {
+        assert!(has_failed_test(
+            "running 2 tests\ntest a ... ok\ntest b::c ... FAILED\n"
+        ));
+        assert!(!has_failed_test("running 2 tests\ntest a ... ok\n"));
+    }
 }
