@@ -10,7 +10,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use nix::sys::signal::Signal;
+use nix::{
+    libc::{ENOENT, ESRCH},
+    sys::signal::Signal,
+};
 use serde_json::json;
 
 use crate::{
@@ -261,17 +264,38 @@ impl Server {
     /// Kea and dhcpd append to their stores; dnsmasq truncates its file and writes it anew, so a
     /// reader can meet it half written, and must not take that for a lease's end.
     fn settled_store(&self) -> Result<String> {
-        const QUIET: Duration = Duration::from_millis(10);
         let dir = self.store.with_file_name("");
         until(&dir, Duration::from_secs(5), "a quiet lease store", || {
-            let before = stamp(&self.store)?;
-            if self.kind == ServerKind::Dnsmasq && wall().saturating_sub(before.0) < QUIET {
+            let before = (stamp(&self.store)?, self.rest()?);
+            if self.kind == ServerKind::Dnsmasq && before.1.is_none() {
                 return Ok(None);
             }
             let text = fs::read_to_string(&self.store)?;
-            Ok((stamp(&self.store)? == before).then_some(text))
+            Ok(((stamp(&self.store)?, self.rest()?) == before).then_some(text))
         })
     }
+
+    /// How often the server has gone to sleep, if it sleeps: it writes between two waits, so that what
+    /// is read within one of them is whole, however slow the machine is. A server that has ended rests.
+    fn rest(&self) -> Result<Option<u64>> {
+        match fs::read_to_string(format!("/proc/{}/status", self.process.pid())) {
+            Ok(status) => Ok(sleeps(&status)),
+            Err(error) if [ENOENT, ESRCH].map(Some).contains(&error.raw_os_error()) => Ok(Some(0)),
+            Err(error) => Err(error).context("the server's /proc/PID/status"),
+        }
+    }
+}
+
+/// Of proc_pid_status(5): how often, if that process sleeps, or has been stopped or has ended.
+fn sleeps(status: &str) -> Option<u64> {
+    let value = |name: &str| {
+        let mut lines = status.lines();
+        lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
+    };
+    let rests = value("State").is_some_and(|state| state.starts_with(['S', 'T', 't', 'Z', 'X']));
+    let times = value("voluntary_ctxt_switches").and_then(|times| times.parse().ok());
+    // One that has ended is told without.
+    rests.then(|| times.unwrap_or(0))
 }
 
 impl fmt::Display for ServerKind {
@@ -644,6 +668,21 @@ fn stamp(path: &Path) -> Result<(Duration, u64, u64)> {
 mod tests {
     use super::*;
     use crate::fixture::vm_mac;
+
+    #[test]
+    fn who_runs_or_writes_does_not_rest() {
+        let status = |state| {
+            format!(
+                "Name:\tx\nState:\t{state}\nvoluntary_ctxt_switches:\t7\nnonvoluntary_ctxt_switches:\t9\n"
+            )
+        };
+        assert_eq!(sleeps(&status("S (sleeping)")), Some(7));
+        assert_eq!(sleeps(&status("T (stopped)")), Some(7));
+        for busy in ["R (running)", "D (disk sleep)"] {
+            assert_eq!(sleeps(&status(busy)), None);
+        }
+        assert_eq!(sleeps("Name:\tx\nState:\tZ (zombie)\n"), Some(0));
+    }
 
     fn lease(n: u8) -> Lease {
         Lease {
