@@ -125,6 +125,7 @@ fn captures() -> Vec<(String, Vec<Vec<u8>>, Description)> {
         let description = toml::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
         captures.push((name, frames, description));
     }
+    assert!(captures.len() >= 7, "{} captures", captures.len());
     for client in CLIENTS {
         let some = captures.iter().any(|(name, ..)| name.starts_with(client));
         assert!(some, "no capture of {client}");

@@ -6,7 +6,7 @@ mod targets;
 mod seeds;
 
 use std::{
-    cell::Cell,
+    cell::{Cell, LazyCell},
     collections::{BTreeMap, BTreeSet},
     fs,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -252,12 +252,13 @@ fn compare(frame: &[u8]) -> Verdict {
         assert_eq!(ours.chaddr, theirs.chaddr());
     }
 
-    let (irregular, overload, refused) = walk(&payload[240..]);
+    let walked = LazyCell::new(|| walk(&payload[240..]));
     for code in CODES {
         let (mine, other) = (option_of(&ours, code), option_in(&theirs, code));
         if mine == other {
             continue;
         }
+        let (irregular, overload, refused) = &*walked;
         let what = format!(
             "option {code}: {mine:?}, dhcproto {other:?}, anomalies {:#b}",
             ours.anomalies
@@ -269,8 +270,8 @@ fn compare(frame: &[u8]) -> Verdict {
             assert!(said(ANOMALY_OVERRUN | ANOMALY_TOO_MANY), "{what}");
             verdict = Verdict::Ambiguous;
         } else {
-            assert!(other.is_none() && (overload || refused), "{what}");
-            verdict = if refused {
+            assert!(other.is_none() && (*overload || *refused), "{what}");
+            verdict = if *refused {
                 Verdict::EndsEarly
             } else {
                 Verdict::Overload

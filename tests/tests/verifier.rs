@@ -78,6 +78,12 @@ fn the_verifier_has_no_more_to_do_than_is_recorded() {
 #[test]
 fn what_is_logged_is_what_is_loaded() {
     alone(|| {
+        if running().unwrap() < (5, 16) {
+            println!(
+                "SKIP what_is_logged_is_what_is_loaded: Linux tells what it verified from 5.16 on"
+            );
+            return;
+        }
         let mut counts = Counts::new();
         for hook in [Hook::Tc, Hook::Xdp] {
             let kernel = load(hook);
@@ -89,9 +95,7 @@ fn what_is_logged_is_what_is_loaded() {
             }
             kernel.unpin_all().unwrap();
         }
-        if running().unwrap() >= (5, 16) {
-            assert_eq!(counts, logged());
-        }
+        assert_eq!(counts, logged());
     });
 }
 
