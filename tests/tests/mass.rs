@@ -161,7 +161,7 @@ fn dies_at_once(
 
     unplug(crowds)?;
     if stops {
-        stop_for_a_while(&world, &wire)?;
+        stop_for_a_while(&world, &wire).with_context(|| agent.log())?;
     }
     let paced = rate.map_or(Duration::ZERO, |rate| {
         Duration::from_secs(u64::from(how_many())) / rate

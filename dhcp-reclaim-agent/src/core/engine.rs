@@ -45,6 +45,9 @@ const RETENTION: Duration = Duration::from_secs(600);
 const UNGRANTED: Duration = Duration::from_secs(10);
 /// A RELEASE that could not be sent is tried again after this, times the failures so far.
 const RETRY: Duration = Duration::from_secs(1);
+/// Bindings that have their turn at once: however many are due, what happens meanwhile is heard before
+/// the next ones are judged, and a slow processor is not taken for one that stood still.
+const TURN: usize = 64;
 /// One report of a rogue server per port in this time, and one of lost records: a guest can cause as
 /// many as it likes.
 const REPORT_EVERY: Duration = Duration::from_secs(60);
@@ -180,7 +183,8 @@ impl Engine {
         self.actions.pop_front()
     }
 
-    /// When [`Self::handle_timeout`] wants to be called.
+    /// When [`Self::handle_timeout`] wants to be called; again at once, if more is due than it does in one
+    /// turn.
     pub fn poll_timeout(&self) -> Option<Time> {
         let binding = self.timers.first().map(|(at, _)| *at);
         let transaction = self.transactions_due.first().map(|(at, ..)| *at);
@@ -200,10 +204,10 @@ impl Engine {
         if self.imports.due().is_some_and(|at| at <= now) {
             self.search_imports(now);
         }
-        while let Some(&(at, key)) = self.timers.first() {
-            if at > now {
+        for _ in 0..TURN {
+            let Some(&(at, key)) = self.timers.first().filter(|(at, _)| *at <= now) else {
                 break;
-            }
+            };
             self.timers.remove(&(at, key));
             if let Some(binding) = self.bindings.get_mut(&key) {
                 binding.due = None;

@@ -516,6 +516,25 @@ fn a_server_that_reads_on_sets_the_pace() {
     }
 }
 
+/// What happens meanwhile is heard in between.
+#[test]
+fn so_many_have_their_turn_at_once() {
+    let mut bench = dying_at_once(150, 200);
+    let mut turns = Vec::new();
+    while bench.releases() < 150 {
+        let due = bench
+            .engine
+            .poll_timeout()
+            .expect("they are to be released");
+        bench.now = bench.now.max(due);
+        let before = bench.looks();
+        bench.engine.handle_timeout(bench.now);
+        bench.carry_out();
+        turns.push(bench.looks() - before);
+    }
+    assert_eq!(turns.iter().max(), Some(&64), "{turns:?}");
+}
+
 #[test]
 fn a_lease_that_ends_in_just_min_remaining_is_still_given_back() {
     let mut bench = Bench::new(Policy::default());
