@@ -76,6 +76,8 @@ const SUSPENDED: Duration = Duration::from_millis(100);
 const AT_ONCE: Duration = Duration::from_millis(5);
 /// So often records come first before what is due has its turn.
 const RING_TURNS: u32 = 16;
+/// What is due has this long in one turn.
+const DUE: Duration = Duration::from_millis(50);
 /// Batches that are read before something else gets its turn.
 const DRAIN: usize = 64;
 
@@ -324,6 +326,9 @@ impl Agent {
             if std::mem::take(&mut self.epoch_wanted) {
                 self.next_epoch();
             }
+            // What came during the last turn is there to be heard after this, and the tasks that hear
+            // people share this thread.
+            tokio::task::yield_now().await;
             let wait = self
                 .engine
                 .poll_timeout()
@@ -365,21 +370,16 @@ impl Agent {
                 Turn::Ring(ready) => {
                     ready?;
                     self.read_batch().await;
-                    // Where there is always a record to read, people are still answered: this
-                    // loop shares its thread with the tasks that hear them.
-                    tokio::task::yield_now().await;
+                    // Where there is always a record to read, people are still answered.
                     if let Ok(request) = self.requests.try_recv() {
                         self.answer(request).await;
                     }
                 }
                 // A timer that is due shows a moment later: it is not waited for.
                 Turn::Due | Turn::Others => {
-                    self.drain().await;
-                    self.engine.handle_timeout(clock::monotonic());
-                    self.carry_out().await;
-                    if matches!(turn, Turn::Others) {
-                        self.look_at_sockets().await;
-                    }
+                    self.what_is_due(begins).await;
+                    // It is due as often as what came first here.
+                    self.look_at_sockets().await;
                 }
                 Turn::Answers => self.read_answers().await,
                 Turn::Sockets => self.look_at_sockets().await,
@@ -400,6 +400,20 @@ impl Agent {
         let left = self.leave();
         service.finish();
         left
+    }
+
+    /// Some bindings at a time, however many are due; not for long, or what else there is waits.
+    async fn what_is_due(&mut self, begins: Time) {
+        loop {
+            self.drain().await;
+            self.engine.handle_timeout(clock::monotonic());
+            self.carry_out().await;
+            let now = clock::monotonic();
+            let more = self.engine.poll_timeout().is_some_and(|at| at <= now);
+            if !more || now.since(begins) >= DUE {
+                return;
+            }
+        }
     }
 
     /// What goes on without an agent, or is taken away.

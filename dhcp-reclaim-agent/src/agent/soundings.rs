@@ -158,10 +158,10 @@ impl Agent {
 
     /// Looks whether servers on this host have read all that they were sent.
     pub(super) async fn look_at_sockets(&mut self) {
-        if self.soundings.local.is_empty() {
+        let now = clock::monotonic();
+        if self.soundings.local.is_empty() || now < self.soundings.look_at {
             return;
         }
-        let now = clock::monotonic();
         self.soundings.expire(now);
         self.soundings.look_at = now + LOOK;
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();

@@ -516,23 +516,40 @@ fn a_server_that_reads_on_sets_the_pace() {
     }
 }
 
-/// What happens meanwhile is heard in between.
+/// The next turn of the engine; how many were looked at in it.
+fn one_turn(bench: &mut Bench) -> usize {
+    let due = bench.engine.poll_timeout().expect("something is due");
+    bench.now = bench.now.max(due);
+    let before = bench.looks();
+    bench.engine.handle_timeout(bench.now);
+    bench.carry_out();
+    bench.looks() - before
+}
+
 #[test]
 fn so_many_have_their_turn_at_once() {
     let mut bench = dying_at_once(150, 200);
     let mut turns = Vec::new();
     while bench.releases() < 150 {
-        let due = bench
-            .engine
-            .poll_timeout()
-            .expect("they are to be released");
-        bench.now = bench.now.max(due);
-        let before = bench.looks();
-        bench.engine.handle_timeout(bench.now);
-        bench.carry_out();
-        turns.push(bench.looks() - before);
+        turns.push(one_turn(&mut bench));
+        if turns.last() == Some(&64) {
+            assert!(bench.engine.poll_timeout() <= Some(bench.now), "{turns:?}");
+        }
     }
     assert_eq!(turns.iter().max(), Some(&64), "{turns:?}");
+}
+
+#[test]
+fn who_boots_while_others_have_their_turn_keeps_its_address() {
+    let mut bench = dying_at_once(150, 200);
+    while bench.releases() == 0 {
+        one_turn(&mut bench);
+    }
+    assert!(bench.releases() <= 64);
+    let (mac, ip) = (MacAddr([2, 0, 0, 0, 1, 150]), Ipv4Addr::new(10, 0, 1, 150));
+    bench.lease(OTHER_PORT, mac, ip);
+    bench.pass(secs(2));
+    assert_eq!(bench.releases(), 149);
 }
 
 #[test]
