@@ -45,9 +45,6 @@ const RETENTION: Duration = Duration::from_secs(600);
 const UNGRANTED: Duration = Duration::from_secs(10);
 /// A RELEASE that could not be sent is tried again after this, times the failures so far.
 const RETRY: Duration = Duration::from_secs(1);
-/// Bindings that have their turn at once: however many are due, what happens meanwhile is heard before
-/// the next ones are judged, and a slow processor is not taken for one that stood still.
-const TURN: usize = 64;
 /// One report of a rogue server per port in this time, and one of lost records: a guest can cause as
 /// many as it likes.
 const REPORT_EVERY: Duration = Duration::from_secs(60);
@@ -204,7 +201,7 @@ impl Engine {
         if self.imports.due().is_some_and(|at| at <= now) {
             self.search_imports(now);
         }
-        for _ in 0..TURN {
+        for _ in 0..self.policy.at_once {
             let Some(&(at, key)) = self.timers.first().filter(|(at, _)| *at <= now) else {
                 break;
             };

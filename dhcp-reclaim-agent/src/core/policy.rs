@@ -49,6 +49,9 @@ pub struct Policy {
     pub rate: u32,
     pub burst: u32,
     pub bindings_per_port: usize,
+    /// Bindings that have their turn at once: however many are due, what happens meanwhile is heard
+    /// before the next ones are judged, and a slow processor is not taken for one that stood still.
+    pub at_once: usize,
     /// Whether servers are asked what became of a RELEASE.
     pub leasequery: bool,
     /// VLAN tags are not seen where a network card or a veth keeps them beside the frame: by XDP.
@@ -78,6 +81,7 @@ impl Default for Policy {
             rate: 50,
             burst: 32,
             bindings_per_port: 256,
+            at_once: 64,
             leasequery: true,
             blind_to_tags: false,
             without: BTreeSet::new(),

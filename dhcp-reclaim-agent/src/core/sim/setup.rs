@@ -136,11 +136,17 @@ impl Setup {
         }
     }
 
-    /// Every kind of world in turn.
+    /// Every kind of world in turn, and with turns of some lengths.
     pub fn of(seed: u64) -> Self {
-        let all = Self::everything();
+        let mut all = Self::everything();
+        all.policy.at_once = match seed / 8 % 4 {
+            0 => 1,
+            1 => 2,
+            2 => 5,
+            _ => all.policy.at_once,
+        };
         match seed % 8 {
-            0 | 1 => Self::one_host(),
+            0 | 1 => all.on_one_host(),
             2 => Self {
                 policy: Policy {
                     commit: Commit::Request,
@@ -165,10 +171,9 @@ impl Setup {
     }
 
     /// The server is the host itself, and there is no other.
-    pub fn one_host() -> Self {
-        let all = Self::everything();
+    fn on_one_host(self) -> Self {
         let elsewhere = [Kind::Migrate, Kind::CutUplink, Kind::DetachUplink];
-        let weights = all.weights.iter();
+        let weights = self.weights.iter();
         Self {
             nodes: 1,
             uplinks: false,
@@ -177,7 +182,7 @@ impl Setup {
                 .filter(|(kind, _)| !elsewhere.contains(kind))
                 .copied()
                 .collect(),
-            ..all
+            ..self
         }
     }
 
