@@ -378,7 +378,7 @@ impl Agent {
                 // A timer that is due shows a moment later: it is not waited for.
                 Turn::Due | Turn::Others => {
                     self.what_is_due(begins).await;
-                    // It is due as often as what came first here.
+                    // For as long as more is due, its own turn does not come.
                     self.look_at_sockets().await;
                 }
                 Turn::Answers => self.read_answers().await,
