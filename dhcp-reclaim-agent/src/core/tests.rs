@@ -204,11 +204,16 @@ impl Bench {
         while let Some(at) = self.engine.poll_timeout().filter(|at| *at <= until) {
             turns += 1;
             assert!(turns < RESTLESS, "it never rests: due at {at:?}");
-            self.now = self.now.max(at);
-            self.engine.handle_timeout(self.now);
-            self.carry_out();
+            self.turn(at);
         }
         self.now = until;
+    }
+
+    /// What the engine does when it is called at the time that it asked for.
+    fn turn(&mut self, due: Time) {
+        self.now = self.now.max(due);
+        self.engine.handle_timeout(self.now);
+        self.carry_out();
     }
 
     /// The same, on an uplink that is heard all the time.

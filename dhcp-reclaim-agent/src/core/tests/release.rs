@@ -519,10 +519,8 @@ fn a_server_that_reads_on_sets_the_pace() {
 /// The next turn of the engine; how many were looked at in it.
 fn one_turn(bench: &mut Bench) -> usize {
     let due = bench.engine.poll_timeout().expect("something is due");
-    bench.now = bench.now.max(due);
     let before = bench.looks();
-    bench.engine.handle_timeout(bench.now);
-    bench.carry_out();
+    bench.turn(due);
     bench.looks() - before
 }
 

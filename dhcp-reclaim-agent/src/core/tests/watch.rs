@@ -374,10 +374,8 @@ fn after_the_last_question_its_answer_is_waited_for() {
         let Some(due) = bench.engine.poll_timeout() else {
             break;
         };
-        bench.now = due;
         bench.evidence.uplink_at = Some(due);
-        bench.engine.handle_timeout(due);
-        bench.carry_out();
+        bench.turn(due);
         if bench.probes() == asked + 3 {
             break;
         }
