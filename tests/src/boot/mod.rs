@@ -5,4 +5,4 @@ pub mod qemu;
 
 pub use initramfs::Initramfs;
 pub use kernel::{Kernel, KernelVersion};
-pub use qemu::{Accel, Machine};
+pub use qemu::{Accel, Machine, last_words};

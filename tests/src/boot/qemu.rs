@@ -73,10 +73,21 @@ impl Accel {
         ensure!(status.success(), "qemu {status}: {}", tail(&qemu.log(), 3));
         let console = fs::read(&machine.console)?;
         let console = String::from_utf8_lossy(&console);
-        ensure!(console.contains("Kernel panic"), "{:?}", tail(&console, 3));
+        ensure!(console.contains(PANIC), "{:?}", tail(&console, 3));
         Ok(())
     }
 }
+
+/// The last lines of a console; of a kernel that panicked, those before it and all that it said then:
+/// how long its traces are is up to what was left on its stacks.
+pub fn last_words(console: &str, lines: usize) -> String {
+    let all: Vec<_> = console.lines().collect();
+    let panic = all.iter().rposition(|line| line.contains(PANIC));
+    let from = panic.unwrap_or(all.len()).saturating_sub(lines);
+    all[from..].join("\n")
+}
+
+const PANIC: &str = "Kernel panic - not syncing";
 
 /// With KVM a kernel is there within two seconds.
 const KVM_LIMIT: Duration = Duration::from_secs(30);
@@ -108,5 +119,23 @@ impl Machine<'_> {
         ));
         command.args(&self.args);
         command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_trace_does_not_hide_the_panic() {
+        let said = |lines| vec!["[    2.6] ? filler+0x1/0x2"; lines].join("\n");
+        let panic = "[    2.5] Kernel panic - not syncing: sysrq triggered crash";
+        let console = [&said(100), panic, &said(60)].join("\n");
+        let told = last_words(&console, 40);
+        assert_eq!(told.lines().count(), 40 + 1 + 60);
+        assert_eq!(told.lines().nth(40), Some(panic));
+
+        assert_eq!(last_words(panic, 40), panic);
+        assert_eq!(last_words(&said(100), 40).lines().count(), 40);
     }
 }

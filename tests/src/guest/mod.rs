@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::{
-    boot::{Accel, Machine},
+    boot::{Accel, Machine, last_words},
     clock::now,
     fixture::{BRIDGE, Mac},
     netns::NetNs,
@@ -331,7 +331,7 @@ impl Qemu {
         let console = String::from_utf8_lossy(&console).into_owned();
         format!(
             "{name}'s console ends:\n{}\nqemu says:\n{}",
-            tail(&console, 20),
+            last_words(&console, 20),
             tail(&self.process.log(), 10)
         )
     }

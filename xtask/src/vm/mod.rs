@@ -16,10 +16,9 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use dhcp_reclaim_tests::{
     agent::BIN,
-    boot::{Accel, Kernel, KernelVersion, Machine, kernel::version},
+    boot::{Accel, Kernel, KernelVersion, Machine, kernel::version, last_words},
     clock::{Deadline, SLOW},
     sandbox::run,
-    watch::tail,
 };
 
 use crate::{
@@ -518,7 +517,7 @@ impl Booted {
             format!(
                 "{}the console's last lines:\n{}\n",
                 String::from_utf8_lossy(&text(ERRORS)),
-                tail(&String::from_utf8_lossy(&console), 40)
+                last_words(&String::from_utf8_lossy(&console), 40)
             )
         })
     }
