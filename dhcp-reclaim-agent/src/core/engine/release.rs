@@ -96,22 +96,28 @@ impl Engine {
                 .max(now + Duration::from_millis(1)),
         };
         // While it waits it is still asked, as any silent VM is.
-        let probe_due = self
-            .bindings
-            .get(&key)
-            .is_some_and(|binding| match binding.check {
-                Check::Watching(watching) => watching.probed_at.is_none_or(|at| {
-                    let round = match stop.gate {
-                        Gate::Dead => self.dead_again(key, at),
-                        _ => self.policy.probe_interval,
-                    };
-                    now.since(at) >= round
-                }),
-                Check::Idle | Check::Glancing => false,
-            });
-        if probe_due {
-            self.send_probes(key, now);
-        }
+        let ask_at = self.bindings.get(&key).and_then(|binding| {
+            let Check::Watching(watching) = binding.check else {
+                return None;
+            };
+            Some(watching.probed_at.map_or(now, |at| match stop.gate {
+                Gate::Dead => at + self.dead_again(key, at),
+                _ => at + self.policy.probe_interval,
+            }))
+        });
+        let ask_at = match ask_at {
+            Some(at) if at <= now => {
+                self.send_probes(key, now);
+                now + self.policy.probe_interval
+            }
+            Some(at) => at,
+            None => again,
+        };
+        let again = match stop.gate {
+            // It may take a while, in which nothing else looks at it.
+            Gate::Rate => again.min(ask_at),
+            _ => again,
+        };
         self.schedule(key, again);
     }
 

@@ -516,6 +516,29 @@ fn a_server_that_reads_on_sets_the_pace() {
     }
 }
 
+/// A VM that starts elsewhere meanwhile is heard, and a turn is not lost by a question.
+#[test]
+fn who_waits_for_long_is_asked_as_any_silent_vm() {
+    let mut bench = dying_at_once(100, 4);
+    let end = bench.now + secs(2) + secs(48);
+    let policy = Policy::default();
+    let mut longest = Duration::ZERO;
+    while bench.now < end {
+        one_turn(&mut bench);
+        let asked = bench.engine.bindings().filter_map(|binding| {
+            let Check::Watching(watching) = binding.check else {
+                return None;
+            };
+            (binding.state == State::Gone).then_some(watching.probed_at?)
+        });
+        let oldest = asked.min().unwrap_or(bench.now);
+        longest = longest.max(bench.now.since(oldest));
+    }
+    assert!(longest >= policy.probe_interval, "{longest:?}");
+    assert!(longest < policy.probe_interval + secs(1), "{longest:?}");
+    assert_eq!(bench.releases(), 100);
+}
+
 /// The next turn of the engine; how many were looked at in it.
 fn one_turn(bench: &mut Bench) -> usize {
     let due = bench.engine.poll_timeout().expect("something is due");
