@@ -1,8 +1,9 @@
-//! `cargo xtask test`: format, lints, and every test, with one line at the end that counts them.
+//! `cargo xtask test`: format, lints, every test and what `cargo xtask run` shows, with one line at the
+//! end that counts them.
 use std::{
     collections::BTreeSet,
     env,
-    io::{BufReader, Write},
+    io::{BufReader, Read as _, Write},
     process::{Command, ExitCode, Stdio},
     thread::available_parallelism,
 };
@@ -36,6 +37,13 @@ const HOST: &[&str] = &[
 ];
 const KERNEL_HALF: &[&str] = &["-p", "dhcp-reclaim-ebpf", "--lib"];
 const LAB_PACKAGE: &str = "tests";
+
+/// `xtask run`, as its users call it: it fails if the lease store does not say what it shows.
+const SHOWN: [(&str, &[&str]); 3] = [
+    ("the main job", &[]),
+    ("the main job, guests boot", &["--guest", "qemu"]),
+    ("the main job, on another kernel", &["--in-vm", "5.10"]),
+];
 
 #[derive(Default)]
 pub struct Summary {
@@ -143,6 +151,9 @@ pub fn main(args: &Args) -> Result<ExitCode> {
             .filter(|built| built.package == LAB_PACKAGE)
             .collect();
         vm::small(&agent, &lab, &mut summary, &signals)?;
+        for (name, args) in SHOWN {
+            summary.shown(name, args, &signals)?;
+        }
     }
     Ok(summary.end())
 }
@@ -199,6 +210,42 @@ impl Summary {
             End::Interrupted(signal) => self.interrupted = Some(signal),
         }
         self.suites.push((name, count));
+        Ok(())
+    }
+
+    fn shown(&mut self, name: &str, args: &[&str], signals: &Signals) -> Result<()> {
+        if self.interrupted.is_some() {
+            return Ok(());
+        }
+        println!("== {name}");
+        let mut command = Command::new(env::current_exe()?);
+        let (mut reader, writer) = std::io::pipe()?;
+        command.arg("run").args(args).stdout(writer.try_clone()?);
+        command.stderr(writer);
+        let child = Guarded::spawn(&mut command)?;
+        // It holds the pipe's other end too.
+        drop(command);
+        let output = std::thread::spawn(move || {
+            let mut output = Vec::new();
+            reader.read_to_end(&mut output).map(|_| output)
+        });
+        let end = child.wait(signals, None)?;
+        let Ok(output) = output.join() else {
+            bail!("cannot read the output of {name}");
+        };
+        let output = output.with_context(|| format!("the output of {name}"))?;
+        let output = String::from_utf8_lossy(&output);
+        match end {
+            End::Exited(status) if status.success() => {
+                println!("{}", output.lines().last().unwrap_or_default());
+                self.one(name, true);
+            }
+            End::Exited(status) => {
+                println!("{output}FAILED: {status}");
+                self.one(name, false);
+            }
+            End::Interrupted(signal) => self.interrupted = Some(signal),
+        }
         Ok(())
     }
 
