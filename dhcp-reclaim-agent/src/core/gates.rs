@@ -319,11 +319,10 @@ impl Case<'_> {
                 watching.probes, self.policy.misses
             ));
         }
-        if watching
-            .probed_at
-            .is_some_and(|at| now.since(at) < self.probe_wait())
-        {
-            return hold("the latest probe may still be answered");
+        let answered_at = watching.probed_at.map(|at| at + self.probe_wait());
+        if answered_at.is_some_and(|at| now < at) {
+            let reason = "the latest probe may still be answered".to_owned();
+            return (Verdict::Hold, reason, answered_at);
         }
         if watching.everywhere && watching.probed_at.is_some_and(|at| at <= self.watched_at) {
             // Its VM may be behind that, and what it said before was not heard.

@@ -330,6 +330,15 @@ impl Pacing {
         pace.called.remove(&key);
     }
 
+    /// `key`, whose turn it is, is not ready: whose turn it is instead, as [`Self::read_up_to`] says it.
+    pub fn give_way(&mut self, server: ServerKey, key: Key, now: Time) -> Vec<(Time, Key)> {
+        let pace = self.servers.get_mut(&server).unwrap_or(&mut self.others);
+        match pace.called.remove(&key) {
+            Some(_) if pace.is_shown(now) => pace.call(now),
+            _ => Vec::new(),
+        }
+    }
+
     /// Whether the server is to be asked how far it has read, behind all that it was sent by now: the
     /// mark for [`Self::read_up_to`].
     pub fn sounding(&mut self, server: ServerKey, now: Time) -> Option<u64> {

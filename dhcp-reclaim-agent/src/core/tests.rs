@@ -10,7 +10,7 @@ mod ports;
 mod release;
 mod watch;
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 
 use serde::{
     Deserialize as _,

@@ -16,6 +16,9 @@ const HELD_AGAIN: Duration = Duration::from_secs(1);
 /// A cut of an uplink, in which a VM starts elsewhere and what it says is not heard, takes longer.
 const FRESH: Duration = Duration::from_secs(1);
 
+/// So much later than a probe's own time to answer, the answer has been looked for.
+const ANSWERED: Duration = Duration::from_millis(200);
+
 /// What came between is heard by then.
 const OVERTAKEN: Duration = Duration::from_millis(100);
 
@@ -51,7 +54,10 @@ impl Engine {
             .iter()
             .find(|finding| finding.verdict != Verdict::Pass);
         let has_turn = self.bindings.get(&key).is_some_and(|b| b.turn.is_some());
-        if !has_turn && stop.is_none_or(|it| it.gate == Gate::Rate) && self.is_stale(key, now) {
+        // Before it takes its place in the queue; and once more when its turn has come.
+        let goes_on = stop.is_none_or(|it| it.gate == Gate::Rate && !has_turn);
+        if goes_on && self.is_stale(key, now) {
+            self.give_way(key, now);
             self.ask_about(key, true, now);
             return;
         }
@@ -64,7 +70,8 @@ impl Engine {
             return;
         }
         let told = self.bindings.get(&key).and_then(|binding| binding.held_by);
-        if told != Some(stop.gate) {
+        let is_asked = has_turn && stop.gate == Gate::Dead;
+        if told != Some(stop.gate) && !is_asked {
             self.add(held_counter(stop.gate), 1);
             self.tell(
                 key,
@@ -96,45 +103,74 @@ impl Engine {
                 .max(now + Duration::from_millis(1)),
         };
         // While it waits it is still asked, as any silent VM is.
-        let ask_at = self.bindings.get(&key).and_then(|binding| {
-            let Check::Watching(watching) = binding.check else {
-                return None;
-            };
-            Some(watching.probed_at.map_or(now, |at| match stop.gate {
-                Gate::Dead => at + self.dead_again(key, at),
-                _ => at + self.policy.probe_interval,
-            }))
-        });
-        let ask_at = match ask_at {
-            Some(at) if at <= now => {
-                self.send_probes(key, now);
-                now + self.policy.probe_interval
+        let ask_at = self.ask_at(key, stop.gate, now);
+        if ask_at.is_some_and(|at| at <= now) {
+            match stop.gate {
+                Gate::Rate => self.ask_about(key, true, now),
+                _ => self.send_probes(key, now),
             }
-            Some(at) => at,
-            None => again,
-        };
+        }
         let again = match stop.gate {
-            // It may take a while, in which nothing else looks at it.
-            Gate::Rate => again.min(ask_at),
+            // Nothing else looks at it until then.
+            Gate::Rate => ask_at
+                .filter(|at| *at > now)
+                .map_or(again, |at| at.min(again)),
             _ => again,
         };
         self.schedule(key, again);
     }
 
+    /// When to ask about whoever is kept by `gate`.
+    fn ask_at(&self, key: Key, gate: Gate, now: Time) -> Option<Time> {
+        let binding = self.bindings.get(&key)?;
+        let Check::Watching(watching) = binding.check else {
+            return None;
+        };
+        let Some(probed_at) = watching.probed_at else {
+            return Some(now);
+        };
+        let at = probed_at + self.policy.probe_interval;
+        match (gate, binding.turn.filter(|turn| *turn > now)) {
+            (Gate::Dead, _) => Some(probed_at + self.dead_again(key, probed_at)),
+            // Whoever is asked when its turn comes is late for it.
+            (Gate::Rate, Some(turn)) => {
+                let wait = self.case(binding).probe_wait() + ANSWERED;
+                let last = now + turn.since(now).saturating_sub(wait);
+                match self.fresh_until(key) {
+                    Some(end) if end < turn => Some(at.min(last)),
+                    _ => Some(at).filter(|at| *at <= last),
+                }
+            }
+            _ => Some(at),
+        }
+    }
+
     /// Whether the uplink may have been cut since the latest probe, for long enough that a VM has started
     /// beyond it: something else has kept a dead VM, which is asked seldom then.
     pub(super) fn is_stale(&self, key: Key, now: Time) -> bool {
-        let Some(binding) = self.bindings.get(&key) else {
-            return false;
-        };
+        self.fresh_until(key).is_some_and(|end| end < now)
+    }
+
+    /// Until when the latest probe tells enough of who is beyond an uplink, if there is one.
+    fn fresh_until(&self, key: Key) -> Option<Time> {
+        let binding = self.bindings.get(&key)?;
         let Check::Watching(watching) = binding.check else {
-            return false;
+            return None;
         };
-        let fresh = self.case(binding).probe_wait() + FRESH;
-        watching.everywhere
+        let can_tell = watching.everywhere
             && self.has_uplink(key.segment)
-            && !self.policy.without.contains(&Gate::Dead)
-            && watching.probed_at.is_none_or(|at| at + fresh < now)
+            && !self.policy.without.contains(&Gate::Dead);
+        let fresh = self.case(binding).probe_wait() + FRESH;
+        can_tell.then(|| watching.probed_at.map_or(Time::ZERO, |at| at + fresh))
+    }
+
+    /// It is its turn, and it is not ready: another has its place at the server.
+    fn give_way(&mut self, key: Key, now: Time) {
+        if let Some(server) = self.bindings.get(&key).and_then(|b| b.server) {
+            let server = (key.segment, key.vlan, server);
+            let next = self.pacing.give_way(server, key, now);
+            self.call(server, next, now);
+        }
     }
 
     /// A place in its server's queue; who has had one comes back for the next token.
@@ -181,7 +217,13 @@ impl Engine {
     /// A server has read what it was sent up to `mark`: those who wait for it go on.
     pub(super) fn server_read(&mut self, server: ServerKey, mark: u64, now: Time) {
         self.add("soundings_answered", 1);
-        for (turn, key) in self.pacing.read_up_to(server, mark, now) {
+        let next = self.pacing.read_up_to(server, mark, now);
+        self.call(server, next, now);
+    }
+
+    /// It is the turn of those that had these ones.
+    fn call(&mut self, server: ServerKey, next: Vec<(Time, Key)>, now: Time) {
+        for (turn, key) in next {
             if let Some(binding) = self.bindings.get_mut(&key)
                 && binding.turn == Some(turn)
             {

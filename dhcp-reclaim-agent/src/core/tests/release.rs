@@ -470,12 +470,24 @@ fn the_breaker_opens_when_too_many_die() {
 
 /// So many die at once on a node that sends a server two a second, `burst` at once.
 fn dying_at_once(dead: u8, burst: u32) -> Bench {
+    dying_at_once_of(dead, burst, &[])
+}
+
+/// The same, where there is an uplink.
+fn dying_at_once_beyond(dead: u8, burst: u32) -> Bench {
+    dying_at_once_of(dead, burst, &[UPLINK])
+}
+
+fn dying_at_once_of(dead: u8, burst: u32, uplinks: &[IfIndex]) -> Bench {
     let mut bench = Bench::new(Policy {
         rate: 2,
         burst,
         breaker: None,
         ..Policy::default()
     });
+    for uplink in uplinks {
+        bench.port(*uplink, "eth0", Role::Uplink);
+    }
     for n in 1..=dead {
         let port = 100 + u32::from(n);
         bench.port(port, &format!("vm{n}"), Role::Vm);
@@ -485,7 +497,7 @@ fn dying_at_once(dead: u8, burst: u32) -> Bench {
             Ipv4Addr::new(10, 0, 1, n),
         );
     }
-    bench.pass(secs(5));
+    bench.pass_heard(secs(5));
     for n in 1..=dead {
         bench.tell(Event::PortDown {
             port: 100 + u32::from(n),
@@ -516,30 +528,113 @@ fn a_server_that_reads_on_sets_the_pace() {
     }
 }
 
-/// A VM that starts elsewhere meanwhile is heard, and a turn is not lost by a question.
+/// The oldest of the latest questions about those that wait.
+fn oldest_question(bench: &Bench) -> Duration {
+    let asked = bench.engine.bindings().filter_map(|binding| {
+        let Check::Watching(watching) = binding.check else {
+            return None;
+        };
+        (binding.state == State::Gone).then_some(watching.probed_at?)
+    });
+    let oldest = asked.min().unwrap_or(bench.now);
+    bench.now.since(oldest)
+}
+
 #[test]
-fn who_waits_for_long_is_asked_as_any_silent_vm() {
-    let mut bench = dying_at_once(100, 4);
-    let end = bench.now + secs(2) + secs(48);
+fn who_waits_for_long_is_asked_as_any_silent_vm_and_is_not_late() {
+    let mut bench = dying_at_once(100, 1);
+    let end = bench.now + secs(2) + secs(50);
     let policy = Policy::default();
     let mut longest = Duration::ZERO;
     while bench.now < end {
         one_turn(&mut bench);
-        let asked = bench.engine.bindings().filter_map(|binding| {
-            let Check::Watching(watching) = binding.check else {
-                return None;
-            };
-            (binding.state == State::Gone).then_some(watching.probed_at?)
-        });
-        let oldest = asked.min().unwrap_or(bench.now);
-        longest = longest.max(bench.now.since(oldest));
+        longest = longest.max(oldest_question(&bench));
     }
     assert!(longest >= policy.probe_interval, "{longest:?}");
-    assert!(longest < policy.probe_interval + secs(1), "{longest:?}");
+    let wait = policy.probe_wait + Duration::from_millis(500);
+    assert!(longest < policy.probe_interval + wait, "{longest:?}");
     assert_eq!(bench.releases(), 100);
 }
 
-/// The next turn of the engine; how many were looked at in it.
+/// Whom everybody has been asked about when, and how often those were looked at that are not released.
+#[derive(Default)]
+struct Asked {
+    at: BTreeMap<Ipv4Addr, Time>,
+    looks: usize,
+}
+
+impl Asked {
+    /// Until `done`: whoever is released from `since` on has just been asked about.
+    fn follow(&mut self, bench: &mut Bench, since: Time, done: impl Fn(&Bench) -> bool) {
+        let policy = Policy::default();
+        let end = bench.now + secs(1000);
+        while !done(bench) {
+            assert!(bench.now < end, "{} released", bench.releases());
+            let seen = bench.seen.len();
+            bench.evidence.uplink_at = Some(bench.now);
+            one_turn(bench);
+            for action in &bench.seen[seen..] {
+                match action {
+                    Action::Control { probe } if probe.mac == MacAddr::BROADCAST => {
+                        self.at.insert(probe.ip, bench.now);
+                    }
+                    Action::Look { key, .. } if bench.state(*key) == Some(State::Gone) => {
+                        self.looks += 1;
+                    }
+                    Action::Release { release, .. } if bench.now > since => {
+                        let age = bench.now.since(self.at[&release.ip]);
+                        assert!(
+                            age <= policy.probe_wait + secs(1),
+                            "{}: {age:?}",
+                            release.ip
+                        );
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn who_waits_for_its_turn_is_asked_just_before_it() {
+    let policy = Policy::default();
+    for burst in [1, 4, 32] {
+        let mut bench = dying_at_once_beyond(200, burst);
+        let first = bench.now + policy.hold_down_uplink;
+        // Until then each has its turn with the questions of its death.
+        let since = first + policy.probe_wait + secs(1);
+        let mut asked = Asked::default();
+        asked.follow(&mut bench, since, |bench| bench.releases() == 200);
+        let pace = secs(u64::from((200 - burst) / 2));
+        let took = bench.now.since(first);
+        assert!(took <= pace + secs(1), "burst {burst}: {took:?} {pace:?}");
+        // Twice in ten seconds, and four times at both ends.
+        let most = 200 * (8 + pace.as_secs() as usize / 10);
+        assert!(asked.looks < most, "burst {burst}: {}", asked.looks);
+    }
+}
+
+/// A server that was stopped reads on: its pace is as before, whoever waited is asked first.
+#[test]
+fn who_waited_for_a_server_is_asked_when_that_reads_on() {
+    let mut bench = dying_at_once_beyond(200, 8);
+    bench.reads_on = true;
+    let mut asked = Asked::default();
+    let first = bench.now + Policy::default().hold_down_uplink;
+    asked.follow(&mut bench, first + secs(2), |bench| bench.releases() >= 8);
+    bench.reads_on = false;
+    let again = bench.now + secs(15);
+    asked.follow(&mut bench, again, |bench| bench.now >= again);
+    let released = bench.releases();
+    assert!(released < 100, "{released}");
+    bench.reads_on = true;
+    asked.follow(&mut bench, again, |bench| bench.releases() == 200);
+    let took = bench.now.since(again);
+    assert!(took < secs(5), "{took:?}");
+}
+
+/// The next turn of the engine; how many/// The next turn of the engine; how many/// The next turn of the engine; how many were looked at in it.
 fn one_turn(bench: &mut Bench) -> usize {
     let due = bench.engine.poll_timeout().expect("something is due");
     let before = bench.looks();
