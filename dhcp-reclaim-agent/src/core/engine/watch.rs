@@ -409,7 +409,8 @@ impl Engine {
                 // have been open until shortly before.
                 let last = self.last_question(key);
                 match last.filter(|last| watching.probed_at.is_none_or(|at| at < *last)) {
-                    Some(last) if last <= now => self.send_probes(key, now),
+                    // Everybody: the way may have been cut while the others were asked.
+                    Some(last) if last <= now => self.ask_about(key, true, now),
                     Some(last) => self.schedule(key, last),
                     None => self.schedule(key, end),
                 }

@@ -40,9 +40,12 @@ pub struct Setup {
     pub vms: usize,
     pub decisions: u32,
     pub span: Duration,
-    /// Decisions after the boots all come at this time.
+    /// Decisions after the boots all come at this time, or within so long after it.
     pub together: Option<Duration>,
+    pub spread: Duration,
     pub weights: Vec<(Kind, u64)>,
+    /// Whoever starts again does so on the last node.
+    pub evacuated: bool,
     /// Of a hundred VMs, those whose client-id is their neighbour's.
     pub clones: u64,
     pub shared_ports: u64,
@@ -54,6 +57,8 @@ pub struct Setup {
     pub rapid: u64,
     /// Of a hundred RELEASEs, those that never reach the server.
     pub release_loss: u64,
+    /// Of a hundred questions to the server how far it has read, those that get lost.
+    pub unread: u64,
     /// The server answers DHCPLEASEQUERY.
     pub queries: bool,
     pub probe_loss: u64,
@@ -95,6 +100,7 @@ impl Setup {
             decisions: 400,
             span: Duration::from_secs(6000),
             together: None,
+            spread: Duration::ZERO,
             weights: vec![
                 (Kind::Boot, 60),
                 (Kind::KillDeleted, 8),
@@ -114,12 +120,14 @@ impl Setup {
                 (Kind::LoseRecords, 3),
                 (Kind::Restart, 1),
             ],
+            evacuated: false,
             clones: 5,
             shared_ports: 15,
             aside: 5,
             trunks: 20,
             rapid: 15,
             release_loss: 0,
+            unread: 10,
             queries: false,
             probe_loss: 10,
             probe_fail: 2,
@@ -160,7 +168,40 @@ impl Setup {
                 release_loss: 20,
                 ..all
             },
+            5 => Self::crowd(all.policy),
             _ => all,
+        }
+    }
+
+    /// Many die, and start elsewhere, while their RELEASEs wait for a slow server.
+    fn crowd(policy: Policy) -> Self {
+        Self {
+            policy: Policy {
+                rate: 1,
+                burst: 2,
+                breaker: None,
+                ..policy
+            },
+            vms: 40,
+            decisions: 340,
+            span: Duration::from_secs(600),
+            together: Some(Duration::from_secs(40)),
+            spread: Duration::from_secs(120),
+            weights: vec![
+                (Kind::KillDeleted, 60),
+                (Kind::Boot, 20),
+                (Kind::Migrate, 2),
+                (Kind::CutUplink, 2),
+            ],
+            evacuated: true,
+            unread: 100,
+            // Only the last question comes after a cut that nobody noticed.
+            probe_loss: 0,
+            // Each VLAN has a pace of its own.
+            trunks: 0,
+            bound_by_breaker: None,
+            slack: Duration::from_secs(240),
+            ..Self::everything()
         }
     }
 

@@ -38,7 +38,11 @@ impl World {
             return;
         }
         let mut node = self.rng.below(self.nodes.len() as u64) as usize;
-        if !self.vms[vm].answers_arp && self.vms[vm].incarnation > 0 {
+        let again = self.vms[vm].incarnation > 0;
+        if self.setup.evacuated && again {
+            node = self.nodes.len() - 1;
+        }
+        if !self.vms[vm].answers_arp && again {
             // What answers no probe is looked for in vain elsewhere: it starts where it was.
             node = self.vms[vm].node;
         }

@@ -444,6 +444,8 @@ pub struct World {
     nodes: Vec<Node>,
     vms: Vec<Vm>,
     leases: BTreeMap<Ipv4Addr, Lease>,
+    /// Behind which node's uplink the switch between them has last seen a MAC.
+    switch: BTreeMap<MacAddr, usize>,
     next_port: IfIndex,
     next_xid: u32,
     dropped: BTreeSet<u32>,
@@ -471,6 +473,7 @@ impl World {
             nodes,
             vms: Vec::new(),
             leases: BTreeMap::new(),
+            switch: BTreeMap::new(),
             next_port: 10,
             next_xid: 1,
             dropped,
@@ -530,7 +533,15 @@ impl World {
         for index in 0..world.setup.decisions {
             let mut rng = Rng::of(seed, u64::from(index) + 1000);
             let at = match world.setup.together {
-                Some(at) if index >= world.setup.vms.try_into().unwrap_or(0) => at,
+                Some(at) if index >= world.setup.vms.try_into().unwrap_or(0) => {
+                    let spread = world
+                        .setup
+                        .spread
+                        .as_millis()
+                        .try_into()
+                        .unwrap_or(u64::MAX);
+                    at + Duration::from_millis(rng.below(spread.max(1)))
+                }
                 Some(_) => rng.millis(0, 2000),
                 None => rng.millis(0, span),
             };

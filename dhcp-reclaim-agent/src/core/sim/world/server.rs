@@ -81,6 +81,14 @@ impl World {
         };
         for other in 0..self.nodes.len() {
             let crosses = self.setup.uplinks && self.hears(other);
+            if let Some(lease) = lease
+                && other != node
+                && !crosses
+            {
+                // That the end is another one now is not heard there.
+                let until = self.now + lease + secs(1000);
+                self.nodes[other].excused.insert(question.ip, until);
+            }
             if crosses && (other == node || question.broadcast) {
                 self.hear_uplink(other);
                 let uplink = self.nodes[other].uplink;

@@ -427,7 +427,7 @@ impl World {
     /// Asks the server behind the first `sent` RELEASEs. Some questions, or answers, get lost.
     fn sound(&mut self, node: usize, soundings: &mut Soundings, sent: usize) {
         while let Some((_, sounding)) = soundings.pop_front_if(|(at, _)| *at <= sent) {
-            if !self.open(node) || self.rng.percent(10) {
+            if !self.open(node) || self.rng.percent(self.setup.unread) {
                 continue;
             }
             let state = &self.nodes[node];

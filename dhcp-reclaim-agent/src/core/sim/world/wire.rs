@@ -66,7 +66,15 @@ impl World {
         self.sight(node, uplink, SERVER_MAC, Some(SERVER));
     }
 
+    /// The switch between the nodes learns where the MAC is, and forgets nothing by itself.
+    pub(super) fn passes_switch(&mut self, node: usize, mac: MacAddr) {
+        if self.open(node) {
+            self.switch.insert(mac, node);
+        }
+    }
+
     pub(super) fn crossing(&mut self, node: usize, mac: MacAddr, ip: Option<Ipv4Addr>) {
+        self.passes_switch(node, mac);
         for other in 0..self.nodes.len() {
             if other != node && self.open(node) && self.hears(other) {
                 let uplink = self.nodes[other].uplink;
@@ -109,7 +117,11 @@ impl World {
                 ProbeVia::Port(port) => it.node == node && it.port == Some(port),
                 ProbeVia::Segment(_) => it.node == node || (self.open(node) && self.open(it.node)),
             };
-            let to_it = probe.mac == it.mac || probe.mac == MacAddr::BROADCAST;
+            let to_it = match self.switch.get(&probe.mac) {
+                // It came from there, so the switch does not send it back.
+                Some(last) if *last == node && it.node != node => false,
+                _ => probe.mac == it.mac || probe.mac == MacAddr::BROADCAST,
+            };
             let answers = to_it && it.ip == Some(probe.ip) && it.answers_arp;
             let incarnation = it.incarnation;
             if !reached || !answers || !self.speaks(vm, incarnation) {
@@ -122,6 +134,7 @@ impl World {
             self.frame_of(vm, Some(probe.ip), false);
             if home != node {
                 let (mac, uplink) = (self.vms[vm].mac, self.nodes[node].uplink);
+                self.passes_switch(home, mac);
                 self.sight(node, uplink, mac, Some(probe.ip));
             }
         }
@@ -223,6 +236,7 @@ impl World {
             }
         }
         self.record(node, message);
+        self.passes_switch(node, source_mac);
         if self.open(node) {
             let at = self.reach_server(node);
             self.at_time(at, Ev::ServerHears(question));
