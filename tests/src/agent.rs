@@ -25,7 +25,9 @@ use crate::{
     process::Process,
     sandbox::{BPFFS, DIR, find as find_program, run},
     server::Place,
+    vm::{Client, Vm},
     watch::{tail, until},
+    world::PATIENCE,
 };
 
 /// Where `cargo xtask` says that the agent is.
@@ -363,6 +365,14 @@ impl Agent {
         self.wait(&format!("event {name} of {ip}"), timeout, |event| {
             event.name == name && event.ip == Some(ip)
         })
+    }
+
+    /// Plugs a VM in and starts its client once the agent watches the port: on a loaded machine an
+    /// answer could come before that, and would be missed.
+    pub fn boot(&self, vm: &mut Vm, client: Client) -> Result<()> {
+        vm.plug_in()?;
+        self.wait_port_event("port-up", &vm.name, PATIENCE)?;
+        vm.start_client(client)
     }
 
     pub fn wait_port_event(&self, name: &str, port: &str, timeout: Duration) -> Result<Event> {

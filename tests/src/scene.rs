@@ -48,12 +48,9 @@ impl Scene {
         Ok((vm, ip))
     }
 
-    /// Plugs a VM in and starts its client once the agent watches the port: on a loaded machine an
-    /// answer could come before that, and would be missed.
+    /// See [`Agent::boot`].
     pub fn boot(&self, vm: &mut Vm, client: Client) -> Result<()> {
-        vm.plug_in()?;
-        self.agent.wait_port_event("port-up", &vm.name, PATIENCE)?;
-        vm.start_client(client)
+        self.agent.boot(vm, client)
     }
 
     /// Waits until the server and the agent know the lease of a VM that was booted.

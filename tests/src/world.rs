@@ -4,7 +4,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use crate::{
-    agent::{Hook, Setup},
+    agent::{Agent, Hook, Setup},
     fixture::{BRIDGE, vm_mac},
     node::Node,
     server::{Place, Pool, Server, ServerKind},
@@ -75,6 +75,13 @@ impl World {
     /// Boots VM number `number` behind port `vm<number>`.
     pub fn boot(&self, number: u8) -> Result<Vm> {
         self.boot_client(number, Client::Udhcpc)
+    }
+
+    /// The same, and `agent` hears all that it says: see [`Agent::boot`].
+    pub fn boot_heard(&self, agent: &Agent, number: u8) -> Result<Vm> {
+        let mut vm = Vm::off(&self.node, &format!("vm{number}"), vm_mac(number))?;
+        agent.boot(&mut vm, Client::Udhcpc)?;
+        Ok(vm)
     }
 
     pub fn boot_client(&self, number: u8, client: Client) -> Result<Vm> {

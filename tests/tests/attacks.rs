@@ -263,7 +263,7 @@ lab_test! {
             Ok(())
         };
         starve(&attack.nic, 3000)?;
-        let neighbour = attack.scene.world.boot(3)?;
+        let neighbour = attack.scene.world.boot_heard(&attack.scene.agent, 3)?;
         starve(&attack.nic, 3000)?;
         let ip = attack.scene.lives(&neighbour)?;
         let mut neighbour = neighbour;

@@ -531,7 +531,7 @@ fn set_aside() -> Result<Vec<String>> {
 
 /// The lease of a VM that is learned, dies, and is freed.
 fn a_life(world: &World, agent: &Agent, number: u8) -> Result<()> {
-    let mut vm = world.boot(number)?;
+    let mut vm = world.boot_heard(agent, number)?;
     let ip = vm.wait_lease(PATIENCE)?;
     agent.wait_event("bound", ip, PATIENCE)?;
     vm.kill(KillKind::PortDeleted)?;
@@ -547,7 +547,7 @@ lab_test! {
         let setup = world.agent(Hook::Tc).quick();
         let agent = setup.start()?;
         let wire = Capture::start(world.server.netns(), NIC)?;
-        let (mut dead, alive) = (world.boot(1)?, world.boot(2)?);
+        let (mut dead, alive) = (world.boot_heard(&agent, 1)?, world.boot_heard(&agent, 2)?);
         let (dead_ip, alive_ip) = (dead.wait_lease(PATIENCE)?, alive.wait_lease(PATIENCE)?);
         agent.wait_event("bound", dead_ip, PATIENCE)?;
         agent.wait_event("bound", alive_ip, PATIENCE)?;
@@ -572,7 +572,7 @@ lab_test! {
             (Step::WrittenDown, None),
         ] {
             let agent = setup.start()?;
-            let mut vm = world.boot(1)?;
+            let mut vm = world.boot_heard(&agent, 1)?;
             let ip = vm.wait_lease(PATIENCE)?;
             agent.wait_event("bound", ip, PATIENCE)?;
             let before = wire.dhcp(RELEASE).len();
@@ -640,7 +640,7 @@ lab_test! {
         let world = World::new(ServerKind::Dnsmasq, Place::Remote, 4)?;
         let setup = world.agent(Hook::Tc).quick();
         let agent = setup.start()?;
-        let mut vm = world.boot(1)?;
+        let mut vm = world.boot_heard(&agent, 1)?;
         let ip = vm.wait_lease(PATIENCE)?;
         agent.wait_event("bound", ip, PATIENCE)?;
         agent.kill();

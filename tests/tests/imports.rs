@@ -224,7 +224,7 @@ lab_test! {
         ensure!(verdict == "hold" && reason.contains("never seen alive"), "{reason}");
         // Both die, and nothing leaves for as long as a death takes. One that the wire has shown
         // dies after them: when it is released, theirs would have been.
-        let mut known = world.boot(3)?;
+        let mut known = world.boot_heard(&agent, 3)?;
         let known_ip = known.wait_lease(PATIENCE)?;
         agent.wait_event("bound", known_ip, PATIENCE)?;
         for (vm, _) in &mut vms {

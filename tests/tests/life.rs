@@ -201,7 +201,7 @@ lab_test! {
     fn an_infinite_lease_is_given_back() {
         let world = World::with_dnsmasq(&[&format!("--dhcp-range={},{},infinite", pool_ip(20), pool_ip(25))], 0)?;
         let scene = Scene::in_world(world, &[])?;
-        let mut vm = scene.world.boot(1)?;
+        let mut vm = scene.world.boot_heard(&scene.agent, 1)?;
         let ip = vm.wait_lease(PATIENCE)?;
         let bound = scene.agent.wait_event("bound", ip, PATIENCE)?;
         ensure!(says(&bound, ip, "SELECTING") && bound.json["reason"].as_str().is_some_and(|r| r.ends_with("infinite")), "{bound:?}");
@@ -232,7 +232,7 @@ lab_test! {
     /// Its first address stays the server's to lose; the one that it has now is what dies with it.
     fn a_changed_address() {
         let scene = Scene::new(5, &[])?;
-        let mut vm = scene.world.boot(1)?;
+        let mut vm = scene.world.boot_heard(&scene.agent, 1)?;
         let first = scene.lives(&vm)?;
         vm.client_id = ClientId::Given(b"\0another now".to_vec());
         vm.restart_client(Client::Udhcpc)?;
@@ -355,7 +355,7 @@ fn behind_relay(args: &[&str], server_id: Ipv4Addr) -> Result<()> {
     process.wait_log(&["Sending on   Socket/fallback"], PATIENCE)?;
 
     let scene = Scene::in_world(World { node, server }, &[])?;
-    let mut vm = scene.world.boot(1)?;
+    let mut vm = scene.world.boot_heard(&scene.agent, 1)?;
     let ip = vm
         .wait_lease(PATIENCE)
         .with_context(|| format!("{}\n{}", process.log(), scene.world.server.log()))?;

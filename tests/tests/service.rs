@@ -97,7 +97,7 @@ impl Manager {
 }
 
 fn living(world: &World, agent: &Agent, number: u8) -> Result<(Vm, std::net::Ipv4Addr)> {
-    let vm = world.boot(number)?;
+    let vm = world.boot_heard(agent, number)?;
     let ip = vm.wait_lease(PATIENCE)?;
     world.server.wait_lease(ip, vm.mac, PATIENCE)?;
     vm.ping(SERVER_IP)?;

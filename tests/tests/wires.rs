@@ -35,7 +35,7 @@ fn tagged_guests(kind: ServerKind, place: Place) -> Result<()> {
     };
     let wire = Capture::start(world.server.netns(), link)?;
     let lives = |number| -> Result<(Vm, Ipv4Addr)> {
-        let vm = world.boot(number)?;
+        let vm = world.boot_heard(&agent, number)?;
         let ip = vm.wait_lease(PATIENCE)?;
         world.server.wait_lease(ip, vm.mac, PATIENCE)?;
         vm.ping(SERVER_IP)?;

@@ -125,12 +125,14 @@ pub fn main(args: &Args) -> Result<ExitCode> {
             bail!("no test has the name core::sim");
         }
     }
-    // Guests for real boot a kernel; without it their tests skip.
-    if args.filter.is_none()
-        && let Err(error) = vm::fetch(guest::KERNEL, false)
-    {
-        println!("FAILED: {error:#}");
-        summary.one("a kernel for guests", false);
+    // Guests for real boot a kernel, without which their tests skip; and so do machines.
+    if args.filter.is_none() {
+        for version in vm::SMALL.into_iter().chain([guest::KERNEL]) {
+            if let Err(error) = vm::fetch(version, false) {
+                println!("FAILED: {error:#}");
+                summary.one(&format!("the kernel {version}"), false);
+            }
+        }
     }
     for built in &system {
         // Each test owns its world and mostly waits; more than this would only stretch the waits.

@@ -79,14 +79,26 @@ impl Accel {
 }
 
 /// The last lines of a console; of a kernel that panicked, those before it and all that it said then:
-/// how long its traces are is up to what was left on its stacks.
+/// how long its traces are is up to what was left on its stacks. What led to it may have one of its own.
 pub fn last_words(console: &str, lines: usize) -> String {
     let all: Vec<_> = console.lines().collect();
-    let panic = all.iter().rposition(|line| line.contains(PANIC));
-    let from = panic.unwrap_or(all.len()).saturating_sub(lines);
+    let is_panic = |line: &&str| line.contains(PANIC) && !line.contains("---[ end");
+    let from = match all.iter().rposition(is_panic) {
+        None => all.len().saturating_sub(lines),
+        Some(panic) => {
+            let before = panic.saturating_sub(TRACE);
+            let is_cause = |line: &&str| CAUSES.iter().any(|cause| line.contains(cause));
+            let cause = all[before..panic].iter().position(is_cause);
+            let from = panic.saturating_sub(lines);
+            cause.map_or(from, |at| from.min(before + at))
+        }
+    };
     all[from..].join("\n")
 }
 
+/// Lines that a kernel needs to tell of one thing that went wrong, at most.
+const TRACE: usize = 150;
+const CAUSES: [&str; 2] = ["BUG: ", "Oops: "];
 const PANIC: &str = "Kernel panic - not syncing";
 
 /// With KVM a kernel is there within two seconds.
@@ -134,6 +146,14 @@ mod tests {
         let told = last_words(&console, 40);
         assert_eq!(told.lines().count(), 40 + 1 + 60);
         assert_eq!(told.lines().nth(40), Some(panic));
+
+        let end = "[    2.7] ---[ end Kernel panic - not syncing: sysrq triggered crash ]---";
+        let ended = [&console, end].join("\n");
+        assert_eq!(last_words(&ended, 40).lines().nth(40), Some(panic));
+
+        let lockup = "[    2.4] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!";
+        let long = [&said(100), lockup, &said(60), panic, &said(60)].join("\n");
+        assert_eq!(last_words(&long, 40).lines().next(), Some(lockup));
 
         assert_eq!(last_words(panic, 40), panic);
         assert_eq!(last_words(&said(100), 40).lines().count(), 40);

@@ -74,7 +74,7 @@ const FEWER: [(&str, &str); 2] = [
 /// From qemu's start to the first word.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 /// More than any one test may take, emulated.
-const SILENCE_LIMIT: Duration = Duration::from_secs(600);
+const SILENCE_LIMIT: Duration = Duration::from_secs(900);
 /// How often signals and limits are looked at while nothing is said.
 const TICK: Duration = Duration::from_millis(200);
 
@@ -146,7 +146,7 @@ fn may_skip(release: &str, skip: &str) -> bool {
 }
 
 /// The oldest, by clsact, and one with tcx.
-const SMALL: [KernelVersion; 2] = [KernelVersion::V5_10, KernelVersion::V6_12];
+pub const SMALL: [KernelVersion; 2] = [KernelVersion::V5_10, KernelVersion::V6_12];
 
 /// The programs themselves, a life with each server, and all that the kernel of a small host does not
 /// have (VLANs of a bridge, 802.1Q, netem): of each suite all tests, or those that are named.
@@ -187,7 +187,10 @@ pub fn small(
     }
     let matrix = Matrix::new(agent, suites, Accel::Tcg)?;
     for version in SMALL {
-        let kernel = fetch(version, false)?;
+        // What was to be fetched was, or it has been said why not.
+        let Ok(kernel) = Kernel::find(version, &Kernel::store()) else {
+            continue;
+        };
         matrix.run(&kernel, tests, summary, signals, &mut stdout());
         if summary.interrupted.is_none() {
             println!("== {} a panic is told", kernel.release);

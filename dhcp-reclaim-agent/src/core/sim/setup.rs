@@ -40,9 +40,10 @@ pub struct Setup {
     pub vms: usize,
     pub decisions: u32,
     pub span: Duration,
-    /// Decisions after the boots all come at this time, or within so long after it.
+    /// Decisions after the boots all come at this time.
     pub together: Option<Duration>,
-    pub spread: Duration,
+    /// Or all die then, one after the other, and the others come within so long after it.
+    pub aftermath: Option<Duration>,
     pub weights: Vec<(Kind, u64)>,
     /// Whoever starts again does so on the last node.
     pub evacuated: bool,
@@ -100,7 +101,7 @@ impl Setup {
             decisions: 400,
             span: Duration::from_secs(6000),
             together: None,
-            spread: Duration::ZERO,
+            aftermath: None,
             weights: vec![
                 (Kind::Boot, 60),
                 (Kind::KillDeleted, 8),
@@ -183,15 +184,14 @@ impl Setup {
                 ..policy
             },
             vms: 40,
-            decisions: 340,
+            decisions: 125,
             span: Duration::from_secs(600),
             together: Some(Duration::from_secs(40)),
-            spread: Duration::from_secs(120),
+            aftermath: Some(Duration::from_secs(40)),
             weights: vec![
-                (Kind::KillDeleted, 60),
                 (Kind::Boot, 20),
-                (Kind::Migrate, 2),
-                (Kind::CutUplink, 2),
+                (Kind::KillDeleted, 2),
+                (Kind::CutUplink, 3),
             ],
             evacuated: true,
             unread: 100,

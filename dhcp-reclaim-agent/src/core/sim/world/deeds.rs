@@ -161,6 +161,8 @@ impl World {
             vm = index as usize % self.vms.len();
             if (index as usize) < self.vms.len() {
                 kind = Kind::Boot;
+            } else if self.dies_in_the_crowd(index) {
+                kind = Kind::KillDeleted;
             }
         }
         let node = rng.below(self.nodes.len() as u64) as usize;

@@ -533,14 +533,14 @@ impl World {
         for index in 0..world.setup.decisions {
             let mut rng = Rng::of(seed, u64::from(index) + 1000);
             let at = match world.setup.together {
-                Some(at) if index >= world.setup.vms.try_into().unwrap_or(0) => {
-                    let spread = world
-                        .setup
-                        .spread
-                        .as_millis()
-                        .try_into()
-                        .unwrap_or(u64::MAX);
-                    at + Duration::from_millis(rng.below(spread.max(1)))
+                Some(at) if index as usize >= world.setup.vms => {
+                    let after = world.setup.aftermath.map_or(0, |after| after.as_millis());
+                    let after = after.try_into().unwrap_or(u64::MAX);
+                    let most = match world.dies_in_the_crowd(index) {
+                        true => after / 40,
+                        false => after,
+                    };
+                    at + Duration::from_millis(rng.below(most.max(1)))
                 }
                 Some(_) => rng.millis(0, 2000),
                 None => rng.millis(0, span),
@@ -548,6 +548,12 @@ impl World {
             world.at(at, Ev::Decide(index));
         }
         world
+    }
+
+    /// Of a world with an aftermath, the decisions that follow the boots.
+    fn dies_in_the_crowd(&self, index: u32) -> bool {
+        let vms = self.setup.vms;
+        self.setup.aftermath.is_some() && (vms..2 * vms).contains(&(index as usize))
     }
 
     /// Runs to the end of the world's span, or to the first violation.
