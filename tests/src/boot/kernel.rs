@@ -210,6 +210,7 @@ fn download(version: KernelVersion, dir: &Path) -> Result<()> {
         "APT::Architecture=amd64".to_owned(),
         "APT::Sandbox::User=".to_owned(),
         "Acquire::Languages=none".to_owned(),
+        "Acquire::Retries=5".to_owned(),
         "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
         "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false".to_owned(),
     ];
