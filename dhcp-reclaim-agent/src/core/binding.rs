@@ -140,6 +140,8 @@ pub struct Watching {
     pub probes: u32,
     /// When the latest of them left.
     pub probed_at: Option<Time>,
+    /// The one before that.
+    pub probed_before: Option<Time>,
     /// Every port of the segment is watched, and probes go into the segment too.
     pub everywhere: bool,
     /// It may have started elsewhere unheard: the uplink was not heard after a probe, or no agent

@@ -111,6 +111,7 @@ impl Engine {
             lost: None,
             probes: 0,
             probed_at: None,
+            probed_before: None,
             everywhere: true,
             deaf: false,
             closing: false,

@@ -19,6 +19,10 @@ const FRESH: Duration = Duration::from_secs(1);
 /// So much later than a probe's own time to answer, the answer has been looked for.
 const ANSWERED: Duration = Duration::from_millis(200);
 
+/// A cut that is mended while an answer is waited for goes unnoticed, unless it began before the question
+/// before that one: which is not longer ago than this.
+const TWICE: Duration = Duration::from_millis(2500);
+
 /// What came between is heard by then.
 const OVERTAKEN: Duration = Duration::from_millis(100);
 
@@ -134,9 +138,12 @@ impl Engine {
             (Gate::Dead, _) => Some(probed_at + self.dead_again(key, probed_at)),
             // Whoever is asked when its turn comes is late for it.
             (Gate::Rate, Some(turn)) => {
+                let before =
+                    |wait: Duration| Time::ZERO + turn.since(Time::ZERO).saturating_sub(wait);
                 let wait = self.case(binding).probe_wait() + ANSWERED;
-                let last = now + turn.since(now).saturating_sub(wait);
+                let (last, last_but_one) = (before(wait), before(wait + TWICE - ANSWERED));
                 match self.fresh_until(key) {
+                    Some(_) if probed_at < last_but_one => Some(at.min(last_but_one)),
                     Some(end) if end < turn => Some(at.min(last)),
                     _ => Some(at).filter(|at| *at <= last),
                 }
@@ -151,7 +158,7 @@ impl Engine {
         self.fresh_until(key).is_some_and(|end| end < now)
     }
 
-    /// Until when the latest probe tells enough of who is beyond an uplink, if there is one.
+    /// Until when the two latest probes tell enough of who is beyond an uplink, if there is one.
     fn fresh_until(&self, key: Key) -> Option<Time> {
         let binding = self.bindings.get(&key)?;
         let Check::Watching(watching) = binding.check else {
@@ -161,7 +168,11 @@ impl Engine {
             && self.has_uplink(key.segment)
             && !self.policy.without.contains(&Gate::Dead);
         let fresh = self.case(binding).probe_wait() + FRESH;
-        can_tell.then(|| watching.probed_at.map_or(Time::ZERO, |at| at + fresh))
+        let end = match (watching.probed_before, watching.probed_at) {
+            (Some(before), Some(at)) if at.since(before) <= TWICE => at + fresh,
+            _ => Time::ZERO,
+        };
+        can_tell.then_some(end)
     }
 
     /// It is its turn, and it is not ready: another has its place at the server.

@@ -543,15 +543,21 @@ impl Engine {
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
+        let is_gone = binding.state == State::Gone;
         let Check::Watching(watching) = &mut binding.check else {
             return;
         };
         if !sent {
             self.add("probes_failed", 1);
-            self.schedule(key, now + round);
+            // Nothing else is waited for by then, perhaps, and its turn may come.
+            let again = match is_gone {
+                true => round.min(self.policy.probe_wait),
+                false => round,
+            };
+            self.schedule(key, now + again);
             return;
         }
-        watching.probed_at = Some(now);
+        watching.probed_before = watching.probed_at.replace(now);
         watching.probes += 1;
         // The first answer is looked for soon, so that a live VM is watched for a moment only.
         let enough = watching.probes >= self.policy.misses;
@@ -592,6 +598,7 @@ impl Engine {
             lost,
             probes: 0,
             probed_at: None,
+            probed_before: None,
             everywhere,
             deaf: false,
             closing: false,

@@ -41,6 +41,7 @@ impl World {
                 lost: Some((before(secs(20)), PortLoss::Deleted)),
                 probes: 3,
                 probed_at: Some(before(secs(5))),
+                probed_before: None,
                 everywhere: true,
                 deaf: false,
                 closing: false,

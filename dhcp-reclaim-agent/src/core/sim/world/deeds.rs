@@ -34,7 +34,7 @@ impl World {
             let died = self.now;
             let bound = match how {
                 Kind::KillKept => SLOW,
-                _ => secs(90),
+                _ => SOON,
             };
             let bound = bound + self.setup.slack;
             self.at(

@@ -147,12 +147,12 @@ impl World {
         clone && !answers && (!heard || missed)
     }
 
-    /// Its first word elsewhere came within the last two seconds of the hold-down, and within them the
-    /// way was cut.
+    /// Its first word elsewhere came within the last two seconds of the hold-down, in a cut that began too
+    /// late to be noticed.
     fn spoke_too_late(&self, node: usize, it: &Vm) -> bool {
-        let late = |at: Time| at > Time::ZERO && self.now.since(at) < LAST_WORD;
-        let cut = |node: usize| late(self.nodes[node].cut_since);
-        it.node != node && late(it.asked_at) && (cut(node) || cut(it.node))
+        let within = |at: Time, time| at > Time::ZERO && self.now.since(at) < time;
+        let cut = |node: usize| within(self.nodes[node].cut_since, UNNOTICED);
+        it.node != node && within(it.asked_at, LAST_WORD) && (cut(node) || cut(it.node))
     }
 
     /// FACTS §7, over the world's truth: no frame of (port, MAC) within the confirmation time; the
@@ -358,6 +358,25 @@ impl World {
                 bound,
             };
             self.at_time(at, event);
+            return;
+        }
+        // What kept it until now keeps it no more, and it is asked again.
+        let clock = self.clock(node);
+        let is_asked = state.binding(ip).is_some_and(|it| match it.check {
+            Check::Watching(it) => it.probed_at.is_some_and(|at| clock.since(at) < secs(2)),
+            Check::Idle | Check::Glancing => false,
+        });
+        if is_asked && bound <= SOON + self.setup.slack {
+            let event = Ev::Deadline {
+                ip,
+                owner,
+                vm,
+                incarnation,
+                node,
+                died,
+                bound: bound + secs(10),
+            };
+            self.at(secs(10), event);
             return;
         }
         self.stats.deadlines += 1;

@@ -20,7 +20,7 @@ use super::{
         Message, MessageType, NoticeKind, Policy, Port, PortLoss, Probe, ProbeVia, QueryAnswer,
         Release, ReleaseOutcome, Role, Saved, SavedAlarm, SavedTransaction, Sounding, State, Time,
         TransactionId, Vlan,
-        binding::Binding,
+        binding::{Binding, Check},
         gates::{Gate, Override},
     },
     rng::Rng,
@@ -38,12 +38,16 @@ const START: Duration = Duration::from_secs(1000);
 const LEASE_SLACK: Duration = Duration::from_secs(5);
 /// Within this, a death is released on the slow road.
 const SLOW: Duration = Duration::from_secs(480);
+/// On the fast road.
+const SOON: Duration = Duration::from_secs(90);
 /// What an agent notices of the time in which it did not run, at most.
 const OVERSLEPT: Duration = Duration::from_secs(6);
 /// After a move, nothing else happens to the VM or to the way to it for this long.
 const CALM: Duration = Duration::from_secs(20);
 /// How long before the end of a hold-down a VM that started elsewhere must have been heard.
 const LAST_WORD: Duration = Duration::from_secs(2);
+/// A cut that began so long before has been noticed by a question.
+const UNNOTICED: Duration = Duration::from_secs(4);
 
 pub type VmId = usize;
 /// When, about which address, about which VM, and what.
