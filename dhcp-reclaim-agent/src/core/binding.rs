@@ -140,8 +140,10 @@ pub struct Watching {
     pub probes: u32,
     /// When the latest of them left.
     pub probed_at: Option<Time>,
-    /// The one before that.
-    pub probed_before: Option<Time>,
+    /// When the latest two left that went to everybody, whoever has the address by now.
+    pub all_asked: [Option<Time>; 2],
+    /// The one that leaves now goes to everybody.
+    pub asking_all: bool,
     /// Every port of the segment is watched, and probes go into the segment too.
     pub everywhere: bool,
     /// It may have started elsewhere unheard: the uplink was not heard after a probe, or no agent

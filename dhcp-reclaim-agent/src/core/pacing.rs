@@ -103,6 +103,10 @@ const SOUND_AGAIN: Duration = Duration::from_secs(1);
 const WAIT: Duration = Duration::from_secs(30);
 /// Who is called takes a token in this time, or is kept by something else.
 const CALLED: Duration = Duration::from_secs(1);
+/// Who gives way is back by then, with its answer.
+const GAVE_WAY: Duration = Duration::from_secs(4);
+/// A server's pace of late is that of at least this long.
+const LATELY: Duration = Duration::from_secs(1);
 /// One that never answered is left alone for this long.
 const UNANSWERED: Duration = Duration::from_secs(600);
 
@@ -126,6 +130,11 @@ struct Pace {
     waiting: BTreeSet<(Time, Key)>,
     /// Whose turn it is since when, and who has not taken a token yet.
     called: BTreeMap<Key, Time>,
+    /// Who gave way since when, and has not taken one since.
+    gave_way: BTreeMap<Key, Time>,
+    /// How many it had read at the beginning of a second or more, and how many it read in the one before.
+    read_at: (Time, u64),
+    lately: u64,
 }
 
 impl Pace {
@@ -141,6 +150,9 @@ impl Pace {
             not_before: Time::ZERO,
             waiting: BTreeSet::new(),
             called: BTreeMap::new(),
+            gave_way: BTreeMap::new(),
+            read_at: (Time::ZERO, 0),
+            lately: 0,
         }
     }
 
@@ -216,11 +228,31 @@ impl Pace {
     fn read_up_to(&mut self, mark: u64, now: Time) -> u64 {
         let before = self.unread();
         self.read = self.read.max(mark.min(self.sent));
+        let (since, read) = self.read_at;
+        if now.since(since) >= LATELY {
+            self.lately = self.read - read;
+            self.read_at = (now, self.read);
+        }
         self.answers = true;
         let all = self.asked.is_none_or(|(asked, _)| asked <= mark);
         self.open_since = if all { None } else { Some(now) };
         self.bucket.refill(self.unread(), now);
         before - self.unread()
+    }
+
+    /// `key`, whose turn it is, is not ready. Others have its place, but no more than can be sent before
+    /// they are not ready, either.
+    fn give_way(&mut self, key: Key, now: Time) -> Vec<(Time, Key)> {
+        if self.called.remove(&key).is_none() || !self.is_shown(now) {
+            return Vec::new();
+        }
+        self.gave_way.retain(|_, at| now.since(*at) < GAVE_WAY);
+        self.gave_way.insert(key, now);
+        let most = (8 * u64::from(self.burst)).max(2 * self.lately);
+        if self.gave_way.len() as u64 >= most {
+            return Vec::new();
+        }
+        self.call(now)
     }
 
     /// Whose turn it is now: as many as may be sent.
@@ -307,6 +339,7 @@ impl Pacing {
             pace.waiting.remove(&(turn, key));
         }
         pace.called.remove(&key);
+        pace.gave_way.remove(&key);
         if now < all || !pace.take(now) {
             return false;
         }
@@ -323,6 +356,14 @@ impl Pacing {
         }
     }
 
+    /// Whether the server is waited for, rather than time.
+    pub fn is_shown(&self, server: ServerKey, now: Time) -> bool {
+        self.servers
+            .get(&server)
+            .unwrap_or(&self.others)
+            .is_shown(now)
+    }
+
     /// `key`, whose turn it was, waits again.
     pub fn wait_again(&mut self, server: ServerKey, key: Key, turn: Time) {
         let pace = self.servers.get_mut(&server).unwrap_or(&mut self.others);
@@ -333,10 +374,7 @@ impl Pacing {
     /// `key`, whose turn it is, is not ready: whose turn it is instead, as [`Self::read_up_to`] says it.
     pub fn give_way(&mut self, server: ServerKey, key: Key, now: Time) -> Vec<(Time, Key)> {
         let pace = self.servers.get_mut(&server).unwrap_or(&mut self.others);
-        match pace.called.remove(&key) {
-            Some(_) if pace.is_shown(now) => pace.call(now),
-            _ => Vec::new(),
-        }
+        pace.give_way(key, now)
     }
 
     /// Whether the server is to be asked how far it has read, behind all that it was sent by now: the
@@ -702,5 +740,66 @@ mod tests {
         let late = start + CALLED;
         let called = keys(pacing.read_up_to(server(1), mark, late));
         assert_eq!(called, [5, 6].map(key));
+    }
+
+    #[test]
+    fn others_have_the_place_of_whoever_gives_way_but_not_all_of_them() {
+        let mut pacing = Pacing::new(1, 4);
+        let start = at(100);
+        assert_eq!(take_all(&mut pacing, start), 4);
+        let mark = pacing.sounding(server(1), start).unwrap();
+        for n in 1..=200 {
+            pacing.queue(server(1), key(n), start);
+        }
+        let give_way = |pacing: &mut Pacing, mut next: Vec<(Time, Key)>, now| {
+            let mut asked = Vec::new();
+            while let Some((_, key)) = next.pop() {
+                asked.push(key);
+                next.extend(pacing.give_way(server(1), key, now));
+            }
+            asked
+        };
+        let next = pacing.read_up_to(server(1), mark, start);
+        let asked = give_way(&mut pacing, next, start);
+        // Those that were called by then are asked, too.
+        let most = 8 * 4..8 * 4 + 4;
+        assert!(most.contains(&asked.len()), "{}", asked.len());
+        // One that was sent for is not asked any more: another is.
+        assert!(pacing.take(server(1), asked[0], None, start));
+        let next = pacing.read_up_to(server(1), mark, start);
+        assert_eq!(next.len(), 3);
+        assert_eq!(give_way(&mut pacing, next, start).len(), 3);
+        // Those that do not come back are not waited for.
+        let later = start + GAVE_WAY;
+        let next = pacing.read_up_to(server(1), mark, later);
+        assert!(most.contains(&give_way(&mut pacing, next, later).len()));
+        // Who was not called has no place to give.
+        assert_eq!(pacing.give_way(server(1), key(199), later), []);
+    }
+
+    #[test]
+    fn as_many_are_asked_as_the_server_reads_in_two_seconds() {
+        let mut pace = Pace::new(1, 4);
+        let mut now = at(100);
+        for _ in 0..30 {
+            pace.sent += 100;
+            pace.read_up_to(pace.sent, now);
+            now = now + Duration::from_millis(100);
+        }
+        assert_eq!(pace.lately, 1000);
+        for n in 0..3000 {
+            let key = Key {
+                ip: Ipv4Addr::from_bits(n),
+                ..key(0)
+            };
+            pace.waiting.insert((now, key));
+        }
+        let mut next = pace.call(now);
+        let mut asked = 0;
+        while let Some((_, key)) = next.pop() {
+            asked += 1;
+            next.extend(pace.give_way(key, now));
+        }
+        assert!((2000..2004).contains(&asked), "{asked}");
     }
 }

@@ -296,13 +296,20 @@ impl Engine {
             // It was due by itself.
             return;
         }
-        let findings = self.findings_with(key, by, now);
+        let mut findings = self.findings_with(key, by, now);
         if holds(&findings, Gate::Dead) && !late {
             return;
         }
-        if self.is_stale(key, now) && !late {
-            self.ask_about(key, true, now);
-            return;
+        if self.is_stale(key, now) {
+            if !late {
+                self.ask_about(key, true, now);
+                return;
+            }
+            for finding in findings.iter_mut().filter(|it| it.gate == Gate::Dead) {
+                finding.verdict = Verdict::Hold;
+                finding.reason =
+                    "it may have started elsewhere since everybody was asked".to_owned();
+            }
         }
         if findings.iter().any(|it| it.verdict != Verdict::Pass) {
             self.hold_question(key, findings, late, now);

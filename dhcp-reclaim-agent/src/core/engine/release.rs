@@ -144,7 +144,7 @@ impl Engine {
                 let (last, last_but_one) = (before(wait), before(wait + TWICE - ANSWERED));
                 match self.fresh_until(key) {
                     Some(_) if probed_at < last_but_one => Some(at.min(last_but_one)),
-                    Some(end) if end < turn => Some(at.min(last)),
+                    Some(end) if end < turn + ANSWERED => Some(at.min(last)),
                     _ => Some(at).filter(|at| *at <= last),
                 }
             }
@@ -152,13 +152,14 @@ impl Engine {
         }
     }
 
-    /// Whether the uplink may have been cut since the latest probe, for long enough that a VM has started
-    /// beyond it: something else has kept a dead VM, which is asked seldom then.
+    /// Whether the uplink may have been cut since everybody was asked, for long enough that a VM has started
+    /// beyond it: something else has kept a dead VM, which is asked seldom then, and alone.
     pub(super) fn is_stale(&self, key: Key, now: Time) -> bool {
         self.fresh_until(key).is_some_and(|end| end < now)
     }
 
-    /// Until when the two latest probes tell enough of who is beyond an uplink, if there is one.
+    /// Until when the latest two questions to everybody tell enough of who is beyond an uplink, if there is
+    /// one.
     fn fresh_until(&self, key: Key) -> Option<Time> {
         let binding = self.bindings.get(&key)?;
         let Check::Watching(watching) = binding.check else {
@@ -168,8 +169,8 @@ impl Engine {
             && self.has_uplink(key.segment)
             && !self.policy.without.contains(&Gate::Dead);
         let fresh = self.case(binding).probe_wait() + FRESH;
-        let end = match (watching.probed_before, watching.probed_at) {
-            (Some(before), Some(at)) if at.since(before) <= TWICE => at + fresh,
+        let end = match watching.all_asked {
+            [Some(before), Some(at)] if at.since(before) <= TWICE => at + fresh,
             _ => Time::ZERO,
         };
         can_tell.then_some(end)
@@ -196,9 +197,13 @@ impl Engine {
         };
         let pace = (key.segment, key.vlan, server);
         if let Some(turn) = binding.turn {
-            self.pacing.wait_again(pace, key, turn);
-            self.sound(key, now);
-            return again;
+            if turn > now || self.pacing.is_shown(pace, now) {
+                self.pacing.wait_again(pace, key, turn);
+                self.sound(key, now);
+                return again;
+            }
+            // Time is the pace, and many may have missed their turns: each comes back by itself.
+            self.pacing.leave(pace, key, turn);
         }
         let turn = self.pacing.queue(pace, key, now);
         binding.turn = Some(turn);

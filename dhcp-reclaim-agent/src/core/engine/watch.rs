@@ -202,6 +202,7 @@ impl Engine {
                 armed_at: now,
                 probes: 0,
                 deaf: true,
+                all_asked: [None; 2],
                 ..watching
             };
             self.set_check(key, Check::Watching(watching));
@@ -534,12 +535,21 @@ impl Engine {
             key,
             probe: Probe { via, vlan, ip, mac },
         });
+        if let Some(binding) = self.bindings.get_mut(&key)
+            && let Check::Watching(watching) = &mut binding.check
+        {
+            watching.asking_all |= watching.everywhere && everybody;
+        }
         // If no answer of the shell's comes back, the round still ends.
         self.schedule(key, now + self.round(key));
     }
 
     pub(super) fn probed(&mut self, key: Key, sent: bool, now: Time) {
         let round = self.round(key);
+        let Some(binding) = self.bindings.get(&key) else {
+            return;
+        };
+        let answered_within = self.case(binding).probe_wait();
         let Some(binding) = self.bindings.get_mut(&key) else {
             return;
         };
@@ -547,17 +557,29 @@ impl Engine {
         let Check::Watching(watching) = &mut binding.check else {
             return;
         };
+        let is_of_all = std::mem::take(&mut watching.asking_all);
         if !sent {
             self.add("probes_failed", 1);
-            // Nothing else is waited for by then, perhaps, and its turn may come.
-            let again = match is_gone {
+            // Nothing else may be waited for by then.
+            let again = match is_gone && is_of_all {
                 true => round.min(self.policy.probe_wait),
                 false => round,
             };
             self.schedule(key, now + again);
             return;
         }
-        watching.probed_before = watching.probed_at.replace(now);
+        watching.probed_at = Some(now);
+        if is_of_all {
+            let [_, last] = watching.all_asked;
+            // Two at once are one.
+            let is_another = last.is_some_and(|at| now.since(at) >= answered_within);
+            let before = if is_another {
+                last
+            } else {
+                watching.all_asked[0]
+            };
+            watching.all_asked = [before, Some(now)];
+        }
         watching.probes += 1;
         // The first answer is looked for soon, so that a live VM is watched for a moment only.
         let enough = watching.probes >= self.policy.misses;
@@ -598,7 +620,8 @@ impl Engine {
             lost,
             probes: 0,
             probed_at: None,
-            probed_before: None,
+            all_asked: [None; 2],
+            asking_all: false,
             everywhere,
             deaf: false,
             closing: false,

@@ -170,6 +170,19 @@ impl Setup {
                 ..all
             },
             5 => Self::crowd(all.policy),
+            6 if (seed / 8).is_multiple_of(2) => {
+                // Their server shows that it reads, mostly; and nothing else keeps them.
+                let crowd = Self::crowd(all.policy);
+                let weights = crowd.weights.iter().copied();
+                Self {
+                    unread: 40,
+                    weights: weights
+                        .filter(|(kind, _)| *kind != Kind::CutUplink)
+                        .collect(),
+                    slack: Duration::from_secs(60),
+                    ..crowd
+                }
+            }
             _ => all,
         }
     }

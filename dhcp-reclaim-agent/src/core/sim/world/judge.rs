@@ -147,7 +147,7 @@ impl World {
         clone && !answers && (!heard || missed)
     }
 
-    /// Its first word elsewhere came within the last two seconds of the hold-down, in a cut that began too
+    /// Its first word elsewhere came within the last five seconds of the hold-down, in a cut that began too
     /// late to be noticed.
     fn spoke_too_late(&self, node: usize, it: &Vm) -> bool {
         let within = |at: Time, time| at > Time::ZERO && self.now.since(at) < time;

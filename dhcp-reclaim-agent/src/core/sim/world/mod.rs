@@ -45,9 +45,9 @@ const OVERSLEPT: Duration = Duration::from_secs(6);
 /// After a move, nothing else happens to the VM or to the way to it for this long.
 const CALM: Duration = Duration::from_secs(20);
 /// How long before the end of a hold-down a VM that started elsewhere must have been heard.
-const LAST_WORD: Duration = Duration::from_secs(2);
+const LAST_WORD: Duration = Duration::from_secs(5);
 /// A cut that began so long before has been noticed by a question.
-const UNNOTICED: Duration = Duration::from_secs(4);
+const UNNOTICED: Duration = Duration::from_secs(6);
 
 pub type VmId = usize;
 /// When, about which address, about which VM, and what.
