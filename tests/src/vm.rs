@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     boot::kernel::running,
-    clock::now,
+    clock::{now, slowness},
     fixture::{BRIDGE, Mac, NIC, PREFIX},
     netns::NetNs,
     node::{Node, cable_end, tag},
@@ -252,7 +252,8 @@ impl Vm {
         }
         let mut command = self.netns.command(foreign("busybox")?);
         let to = to.to_string();
-        run(command.args(["ping", "-c", "1", "-W", "2", &to]))
+        let patience = (2 * slowness()).to_string();
+        run(command.args(["ping", "-c", "1", "-W", &patience, &to]))
             .map(drop)
             .with_context(|| format!("{} cannot reach {to}", self.name))
     }

@@ -26,7 +26,7 @@ use dhcp_reclaim_tests::{
     trace::{Call, Tracer},
     vm::{Client, KillKind, Vm},
     watch::tail,
-    wire::{ACK, Capture, RELEASE},
+    wire::{ACK, Capture, Frame, RELEASE},
     world::{PATIENCE, World},
 };
 use nix::{libc, unistd::Pid};
@@ -529,6 +529,13 @@ fn set_aside() -> Result<Vec<String>> {
     Ok(names.filter(|name| name.contains(".bad-")).collect())
 }
 
+/// The server and the agent can be quicker than whoever reads the capture.
+fn released_on(wire: &Capture, nth: usize) -> Result<()> {
+    let is_release = |frame: &Frame| frame.dhcp().is_some_and(|it| it.kind() == Some(RELEASE));
+    wire.wait_nth("the RELEASE", nth, PATIENCE, is_release)
+        .map(drop)
+}
+
 /// The lease of a VM that is learned, dies, and is freed.
 fn a_life(world: &World, agent: &Agent, number: u8) -> Result<()> {
     let mut vm = world.boot_heard(agent, number)?;
@@ -557,6 +564,7 @@ lab_test! {
         world.server.wait_gone(dead_ip, PATIENCE).with_context(|| agent.log())?;
         ensure!(agent.state(alive_ip)? == "bound", "{:?}", agent.list()?);
         ensure!(world.server.has(alive_ip)?, "the living lost its lease");
+        released_on(&wire, 1)?;
         ensure!(wire.dhcp(RELEASE).len() == 1, "{:?}", wire.dhcp(RELEASE));
         agent.stop()
     }
@@ -596,6 +604,7 @@ lab_test! {
             })?;
             // Its next look at the address, and whatever it would have sent by then.
             ensure!(orders() == 0, "{step:?}: an order is left");
+            released_on(&wire, before + 1)?;
             let releases = wire.dhcp(RELEASE).len() - before;
             ensure!(releases == 1, "{step:?}: {releases} RELEASEs\n{}", log());
             agent.stop()?;

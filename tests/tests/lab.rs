@@ -143,6 +143,9 @@ lab_test! {
         let mut vm = world.boot(1)?;
         let ip = vm.wait_lease(PATIENCE)?;
         ensure!(ip == pool_ip(0), "got {ip}");
+        wire.wait("a REQUEST", PATIENCE, |frame| {
+            frame.dhcp().is_some_and(|dhcp| dhcp.kind() == Some(REQUEST))
+        })?;
         let requests = wire.dhcp(REQUEST);
         let request = requests.first().context("no REQUEST on the wire")?;
         ensure!(request.chaddr == vm.mac && request.option(50) == Some(&ip.octets()));
