@@ -602,6 +602,8 @@ impl Agent {
     }
 
     async fn carry_out_all(&mut self) {
+        // The rest of a question leaves before its probe, and makes it count.
+        let mut left = true;
         while let Some(action) = self.engine.poll_action() {
             let answer = match action {
                 Action::Arm {
@@ -629,10 +631,13 @@ impl Agent {
                 Action::Probe { key, probe } => {
                     let sent = self.probe(&probe);
                     self.counters.probes_failed += u64::from(!sent);
+                    let sent = std::mem::replace(&mut left, true) && sent;
                     Event::Probed { key, sent }
                 }
                 Action::Control { probe } => {
-                    self.counters.controls_failed += u64::from(!self.probe(&probe));
+                    let sent = self.probe(&probe);
+                    self.counters.controls_failed += u64::from(!sent);
+                    left &= sent;
                     continue;
                 }
                 Action::Release { key, release } => {

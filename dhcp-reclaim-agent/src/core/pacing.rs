@@ -351,6 +351,7 @@ impl Pacing {
         let pace = self.servers.get_mut(&server).unwrap_or(&mut self.others);
         pace.waiting.remove(&(turn, key));
         pace.called.remove(&key);
+        pace.gave_way.remove(&key);
         if pace.waiting.is_empty() {
             pace.bucket.queued_until = Time::ZERO;
         }

@@ -10,7 +10,11 @@ mod ports;
 mod release;
 mod watch;
 
-use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::Ipv4Addr,
+    time::Duration,
+};
 
 use serde::{
     Deserialize as _,

@@ -201,7 +201,7 @@ impl Engine {
         }
         let wait = self.policy.probe_wait;
         let rounds = match release {
-            Some(_) => self.policy.misses.saturating_add(1),
+            Some(_) => self.policy.misses.max(2).saturating_add(1),
             None => 1,
         };
         let asked = Asked {
@@ -305,7 +305,8 @@ impl Engine {
                 self.ask_about(key, true, now);
                 return;
             }
-            for finding in findings.iter_mut().filter(|it| it.gate == Gate::Dead) {
+            let passed = |it: &&mut Finding| it.gate == Gate::Dead && it.verdict == Verdict::Pass;
+            for finding in findings.iter_mut().filter(passed) {
                 finding.verdict = Verdict::Hold;
                 finding.reason =
                     "it may have started elsewhere since everybody was asked".to_owned();

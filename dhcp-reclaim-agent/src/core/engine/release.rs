@@ -23,6 +23,9 @@ const ANSWERED: Duration = Duration::from_millis(200);
 /// before that one: which is not longer ago than this.
 const TWICE: Duration = Duration::from_millis(2500);
 
+/// Whose token another took who was later still waits for the next one.
+const LATE: Duration = Duration::from_millis(20);
+
 /// What came between is heard by then.
 const OVERTAKEN: Duration = Duration::from_millis(100);
 
@@ -75,6 +78,9 @@ impl Engine {
         }
         let told = self.bindings.get(&key).and_then(|binding| binding.held_by);
         let is_asked = has_turn && stop.gate == Gate::Dead;
+        if is_asked {
+            self.give_way(key, now);
+        }
         if told != Some(stop.gate) && !is_asked {
             self.add(held_counter(stop.gate), 1);
             self.tell(
@@ -197,7 +203,7 @@ impl Engine {
         };
         let pace = (key.segment, key.vlan, server);
         if let Some(turn) = binding.turn {
-            if turn > now || self.pacing.is_shown(pace, now) {
+            if turn + LATE > now || self.pacing.is_shown(pace, now) {
                 self.pacing.wait_again(pace, key, turn);
                 self.sound(key, now);
                 return again;

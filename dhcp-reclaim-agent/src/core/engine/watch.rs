@@ -538,7 +538,7 @@ impl Engine {
         if let Some(binding) = self.bindings.get_mut(&key)
             && let Check::Watching(watching) = &mut binding.check
         {
-            watching.asking_all |= watching.everywhere && everybody;
+            watching.asking_all |= watching.everywhere && ask_all && everybody;
         }
         // If no answer of the shell's comes back, the round still ends.
         self.schedule(key, now + self.round(key));

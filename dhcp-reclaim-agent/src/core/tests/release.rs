@@ -651,6 +651,37 @@ fn who_waited_for_a_server_is_asked_when_that_reads_on() {
     assert!(took < secs(8), "{took:?}");
 }
 
+/// A server that takes 50 ms over each: whoever is called while an answer is waited for gives way, and its
+/// pace is not that of time, two a second.
+#[test]
+fn whoever_is_being_asked_does_not_hold_others_up() {
+    let mut bench = dying_at_once_beyond(200, 1);
+    let first = bench.now + Policy::default().hold_down_uplink;
+    let mut read = VecDeque::new();
+    while bench.releases() < 200 {
+        let seen = bench.seen.len();
+        bench.evidence.uplink_at = Some(bench.now);
+        let due = bench.engine.poll_timeout().expect("something is due");
+        match read.pop_front_if(|(at, _)| *at <= due) {
+            Some((at, event)) => {
+                bench.now = at;
+                bench.tell(event);
+            }
+            None => bench.turn(due),
+        }
+        for action in &bench.seen[seen..] {
+            if let Action::Sound(sounding) = action {
+                let server = (sounding.segment, sounding.vlan, sounding.server);
+                let mark = sounding.mark;
+                let at = bench.now + Duration::from_millis(50);
+                read.push_back((at, Event::ServerRead { server, mark }));
+            }
+        }
+    }
+    let took = bench.now.since(first);
+    assert!(took < secs(30), "{took:?}");
+}
+
 /// A server that had answered is silent: time is the pace, and nobody comes for another's token.
 #[test]
 fn who_missed_its_turn_has_another_of_its_own() {
