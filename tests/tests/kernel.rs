@@ -26,8 +26,8 @@ use dhcp_reclaim_ebpf::{
 };
 use dhcp_reclaim_tests::clock::Deadline;
 use world::{
-    LO, SEGMENT, alone, ip, load, options, port, records, run_tc, run_xdp, runtime, tc_hook,
-    vm_port,
+    LO, SEGMENT, alone, ip, load, load_with, options, port, records, run_tc, run_xdp, runtime,
+    tc_hook, vm_port,
 };
 
 /// Programs of other agents, XDP among them, see what we see: nothing is changed.
@@ -492,11 +492,10 @@ fn outlive(hook: Hook, expected: AttachedHook) {
     let LoadOptions { bpffs, .. } = options(hook);
     assert!(!bpffs.join("dhcp-reclaim").exists());
     drop(load(hook));
-    Kernel::load(&LoadOptions {
+    load_with(&LoadOptions {
         ring_bytes: 4096,
         ..options(hook)
-    })
-    .unwrap();
+    });
 }
 
 /// An agent with another layout of its maps starts from nothing, and its predecessor's programs are
@@ -614,11 +613,10 @@ fn a_port_may_say_only_so_much() {
 #[test]
 fn a_full_ring_keeps_room_for_the_server() {
     alone(|| {
-        let mut kernel = Kernel::load(&LoadOptions {
+        let mut kernel = load_with(&LoadOptions {
             ring_bytes: 4096,
             ..options(Hook::Tc)
-        })
-        .unwrap();
+        });
         let runtime = runtime();
         let mut ring = runtime.block_on(async { kernel.ring() }).unwrap();
         kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
@@ -646,11 +644,10 @@ fn a_full_ring_keeps_room_for_the_server() {
 fn the_log_is_wired() {
     alone(|| {
         for hook in [Hook::Tc, Hook::Xdp] {
-            let mut kernel = Kernel::load(&LoadOptions {
+            let mut kernel = load_with(&LoadOptions {
                 debug: true,
                 ..options(hook)
-            })
-            .unwrap();
+            });
             kernel.watch(&port("lo", Role::Vm), 0, 0).unwrap();
             assert!(kernel.logger().is_some());
             let rogue = Builder::server(ACK).build();

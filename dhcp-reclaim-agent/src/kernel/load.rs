@@ -111,7 +111,9 @@ impl PinDir {
     }
 
     fn lock(top: &Path) -> Result<File, KernelError> {
+        let mut tries = 0;
         loop {
+            tries += 1;
             fs::create_dir_all(top).map_err(|source| path_error(top, source))?;
             let file = File::open(top).map_err(|source| path_error(top, source))?;
             let inode = |meta: fs::Metadata| (meta.dev(), meta.ino());
@@ -125,6 +127,10 @@ impl PinDir {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
                     let pid = lock_holder(locked.1);
+                    // It has been let go since; or is held where we cannot see it.
+                    if pid.is_none() && tries < LOCK_TRIES {
+                        continue;
+                    }
                     return Err(KernelError::Occupied {
                         path: top.to_owned(),
                         pid,
@@ -142,6 +148,8 @@ pub(super) fn path_error(path: &Path, source: io::Error) -> KernelError {
         source,
     }
 }
+
+const LOCK_TRIES: u32 = 16;
 
 /// `1: FLOCK  ADVISORY  WRITE 708 08:01:4711 0 EOF`
 fn lock_holder(inode: u64) -> Option<u32> {

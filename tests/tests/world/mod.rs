@@ -5,10 +5,10 @@ use std::{path::PathBuf, process::Command, thread, time::Duration};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use dhcp_reclaim_agent::{
     core::{Port, Role},
-    kernel::{AttachedHook, Hook, Kernel, LoadOptions, RecordRing},
+    kernel::{AttachedHook, Hook, Kernel, KernelError, LoadOptions, RecordRing},
 };
 use dhcp_reclaim_ebpf::abi::Record;
-use dhcp_reclaim_tests::boot::kernel::has_tcx;
+use dhcp_reclaim_tests::{boot::kernel::has_tcx, clock::Deadline};
 use nix::{
     mount::{MsFlags, mount},
     net::if_::if_nametoindex,
@@ -61,7 +61,22 @@ pub fn tc_hook() -> AttachedHook {
 
 #[track_caller]
 pub fn load(hook: Hook) -> Kernel {
-    Kernel::load(&options(hook)).unwrap_or_else(|error| panic!("{error:?}"))
+    load_with(&options(hook))
+}
+
+/// A process that another test's thread has just forked holds a copy of what was open before, and with
+/// it the lock of a kernel half that is gone, until it executes something.
+#[track_caller]
+pub fn load_with(options: &LoadOptions) -> Kernel {
+    let deadline = Deadline::after(Duration::from_secs(20));
+    loop {
+        match Kernel::load(options) {
+            Err(KernelError::Occupied { .. }) if !deadline.passed() => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            loaded => return loaded.unwrap_or_else(|error| panic!("{error:?}")),
+        }
+    }
 }
 
 /// `ip(8)` with these words.
