@@ -346,8 +346,20 @@ impl World {
                 (from, bound) = (at, SLOW);
             }
         }
-        if state.down || state.paused || from + bound > self.now {
-            let at = (from + bound).max(self.now + secs(1));
+        // What kept it until now keeps it no more, and it is asked again.
+        let clock = self.clock(node);
+        let is_asked = state.binding(ip).is_some_and(|it| match it.check {
+            Check::Watching(it) => it.probed_at.is_some_and(|at| clock.since(at) < secs(2)),
+            Check::Idle | Check::Glancing => false,
+        });
+        let later = if state.down || state.paused || from + bound > self.now {
+            Some(((from + bound).max(self.now + secs(1)), bound))
+        } else if is_asked && bound <= SOON + self.setup.slack {
+            Some((self.now + secs(10), bound + secs(10)))
+        } else {
+            None
+        };
+        if let Some((at, bound)) = later {
             let event = Ev::Deadline {
                 ip,
                 owner,
@@ -358,25 +370,6 @@ impl World {
                 bound,
             };
             self.at_time(at, event);
-            return;
-        }
-        // What kept it until now keeps it no more, and it is asked again.
-        let clock = self.clock(node);
-        let is_asked = state.binding(ip).is_some_and(|it| match it.check {
-            Check::Watching(it) => it.probed_at.is_some_and(|at| clock.since(at) < secs(2)),
-            Check::Idle | Check::Glancing => false,
-        });
-        if is_asked && bound <= SOON + self.setup.slack {
-            let event = Ev::Deadline {
-                ip,
-                owner,
-                vm,
-                incarnation,
-                node,
-                died,
-                bound: bound + secs(10),
-            };
-            self.at(secs(10), event);
             return;
         }
         self.stats.deadlines += 1;
