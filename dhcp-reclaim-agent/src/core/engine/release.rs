@@ -114,17 +114,16 @@ impl Engine {
         };
         // While it waits it is still asked, as any silent VM is.
         let ask_at = self.ask_at(key, stop.gate, now);
-        if ask_at.is_some_and(|at| at <= now) {
+        let asks_now = ask_at.is_some_and(|at| at <= now);
+        if asks_now {
             match stop.gate {
                 Gate::Rate => self.ask_about(key, true, now),
                 _ => self.send_probes(key, now),
             }
         }
-        let again = match stop.gate {
+        let again = match (stop.gate, ask_at) {
             // Nothing else looks at it until then.
-            Gate::Rate => ask_at
-                .filter(|at| *at > now)
-                .map_or(again, |at| at.min(again)),
+            (Gate::Rate, Some(at)) if !asks_now => at.min(again),
             _ => again,
         };
         self.schedule(key, again);

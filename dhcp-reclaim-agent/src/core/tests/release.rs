@@ -22,6 +22,7 @@ fn who_is_kept_for_long_is_asked_as_seldom_as_any_silent_vm() {
     bench.pass_heard(secs(100));
     let asked = bench.probes() - probes;
     assert!((9..=11).contains(&asked), "{asked}");
+    assert_eq!(bench.engine.counters()["held_paused"], 1, "it is told once");
 }
 
 /// The answer to the latest question is a second old at most, and a cut takes longer than another.
@@ -295,6 +296,7 @@ fn a_port_that_comes_while_the_dead_wait_is_asked_too() {
     bench.pass(secs(3));
     assert!(bench.probes() > probes);
     assert_eq!(bench.releases(), 1);
+    assert_eq!(bench.engine.counters()["held_dead"], 1, "it is told");
 }
 
 #[test]
@@ -567,7 +569,7 @@ fn who_waits_for_long_is_asked_as_any_silent_vm_and_is_not_late() {
 /// Whom everybody has been asked about when, and how often those were looked at that are not released.
 #[derive(Default)]
 struct Asked {
-    at: BTreeMap<Ipv4Addr, [Option<Time>; 2]>,
+    at: BTreeMap<Ipv4Addr, Vec<Time>>,
     looks: usize,
 }
 
@@ -584,14 +586,13 @@ impl Asked {
             for action in &bench.seen[seen..] {
                 match action {
                     Action::Control { probe } if probe.mac == MacAddr::BROADCAST => {
-                        let [_, last] = self.at.get(&probe.ip).copied().unwrap_or_default();
-                        self.at.insert(probe.ip, [last, Some(bench.now)]);
+                        self.at.entry(probe.ip).or_default().push(bench.now);
                     }
                     Action::Look { key, .. } if bench.state(*key) == Some(State::Gone) => {
                         self.looks += 1;
                     }
                     Action::Release { release, .. } if bench.now > since => {
-                        let [Some(before), Some(at)] = self.at[&release.ip] else {
+                        let [.., before, at] = self.at[&release.ip][..] else {
                             panic!("{} was asked about once", release.ip);
                         };
                         let (age, gap) = (bench.now.since(at), at.since(before));
@@ -630,6 +631,39 @@ fn who_waits_for_its_turn_is_asked_just_before_it() {
         let most = 200 * (8 + pace.as_secs() as usize / 10);
         assert!(asked.looks < most, "burst {burst}: {}", asked.looks);
     }
+}
+
+#[test]
+fn who_waits_for_its_turn_is_asked_twice_before_it_and_not_more() {
+    let mut bench = dying_at_once_beyond(60, 1);
+    let never = bench.now + secs(10_000);
+    let mut asked = Asked::default();
+    asked.follow(&mut bench, never, |bench| bench.releases() == 59);
+    asked.follow(&mut bench, never, |bench| bench.releases() == 60);
+    let last = asked.at.into_values().max().expect("all were asked");
+    let lately = last.iter().filter(|at| bench.now.since(**at) < secs(4));
+    assert_eq!(lately.count(), 2, "{:?}: {last:?}", bench.now);
+}
+
+/// A server that does not read on is sent nothing for half a minute.
+#[test]
+fn who_was_kept_is_asked_before_it_takes_its_place_in_the_queue() {
+    let mut bench = dying_at_once_beyond(3, 1);
+    bench.reads_on = true;
+    bench.lease(VM_PORT, VM, IP);
+    bench.until_heard(Duration::from_millis(100), |bench| bench.releases() == 2);
+    bench.reads_on = false;
+    bench.until_heard(Duration::from_millis(100), |bench| bench.releases() == 3);
+    bench.engine.pause("an upgrade".to_owned(), bench.now);
+    bench.lose(VM_PORT, PortLoss::Deleted);
+    bench.pass_heard(secs(20));
+    assert_eq!(bench.state(KEY), Some(State::Gone));
+    let turn = |bench: &Bench| bench.engine.binding(KEY).and_then(|it| it.turn);
+    let probes = bench.probes();
+    bench.engine.resume("root", bench.now);
+    bench.carry_out();
+    bench.until_heard(Duration::from_millis(10), |bench| turn(bench).is_some());
+    assert_eq!((bench.releases(), bench.probes()), (3, probes + 2));
 }
 
 /// A server that was stopped reads on: its pace is as before, whoever waited is asked first.
