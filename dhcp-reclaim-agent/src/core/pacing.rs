@@ -774,8 +774,20 @@ mod tests {
         let later = start + GAVE_WAY;
         let next = pacing.read_up_to(server(1), mark, later);
         assert!(most.contains(&give_way(&mut pacing, next, later).len()));
-        // Who was not called has no place to give.
-        assert_eq!(pacing.give_way(server(1), key(199), later), []);
+    }
+
+    #[test]
+    fn who_was_not_called_has_no_place_to_give() {
+        let mut pacing = Pacing::new(1, 4);
+        let start = at(100);
+        assert_eq!(take_all(&mut pacing, start), 4);
+        let mark = pacing.sounding(server(1), start).unwrap();
+        assert_eq!(pacing.read_up_to(server(1), mark, start), []);
+        for n in 1..=2 {
+            pacing.queue(server(1), key(n), start);
+        }
+        assert_eq!(pacing.give_way(server(1), key(2), start), []);
+        assert_eq!(pacing.read_up_to(server(1), mark, start).len(), 2);
     }
 
     #[test]

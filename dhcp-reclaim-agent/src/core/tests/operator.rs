@@ -393,6 +393,18 @@ fn who_was_kept_for_long_is_asked_before_an_order_is_followed() {
     assert_eq!(bench.probes(), probes + 2);
 }
 
+/// Nobody can be asked: what was asked before says too little by now.
+#[test]
+fn an_order_about_whom_nobody_could_be_asked_is_held_by_that_alone() {
+    let mut bench = release::kept();
+    bench.pass_heard(secs(3));
+    bench.sends = false;
+    ask_release(&mut bench, &[Gate::Paused]);
+    bench.until_heard(secs(1), |bench| !answers(bench).is_empty());
+    assert_eq!(held(&bench), [Gate::Dead]);
+    assert_eq!(bench.releases(), 0);
+}
+
 #[test]
 fn who_must_wait_for_a_turn_only_is_released_at_it() {
     let mut bench = Bench::new(Policy {

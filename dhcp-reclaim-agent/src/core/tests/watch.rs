@@ -388,18 +388,20 @@ fn after_the_last_question_its_answer_is_waited_for() {
 /// an uplink may have been cut meanwhile. Later only itself.
 #[test]
 fn everybody_is_asked_as_often_as_counts() {
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(secs(10));
-    bench.engine.pause("an upgrade".to_owned(), bench.now);
-    bench.carry_out();
-    bench.lose(VM_PORT, PortLoss::Deleted);
-    bench.pass_heard(secs(60));
-    let all = bench.seen.iter().filter(
-        |action| matches!(action, Action::Control { probe } if probe.mac == MacAddr::BROADCAST),
-    );
-    assert_eq!(all.count(), 3 + 1);
-    assert!(bench.probes() > 5);
+    for (role, asked) in [(Role::Uplink, 3 + 1), (Role::Aside, 3)] {
+        let mut bench = settled();
+        bench.port(UPLINK, "eth0", role);
+        bench.pass_heard(secs(10));
+        bench.engine.pause("an upgrade".to_owned(), bench.now);
+        bench.carry_out();
+        bench.lose(VM_PORT, PortLoss::Deleted);
+        bench.pass_heard(secs(60));
+        let all = bench.count_of(
+            |it| matches!(it, Action::Control { probe } if probe.mac == MacAddr::BROADCAST),
+        );
+        assert_eq!(all, asked, "{role:?}");
+        assert!(bench.probes() > 5);
+    }
 }
 
 #[test]
@@ -604,6 +606,43 @@ fn a_last_question_that_cannot_leave_is_asked_again() {
     bench.sends = true;
     bench.pass(secs(6));
     assert_eq!(bench.releases(), 1);
+}
+
+/// For whoever waits for no more than that; others have their round.
+#[test]
+fn a_question_to_everybody_that_cannot_leave_is_soon_asked_again() {
+    let tries = |bench: &mut Bench| {
+        let before = bench.probes();
+        bench.pass_heard(secs(3));
+        bench.probes() - before
+    };
+    let mut bench = release::kept();
+    bench.sends = false;
+    bench.engine.resume("root", bench.now);
+    assert_eq!(tries(&mut bench), 3);
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass_heard(secs(10));
+    bench.sends = false;
+    bench.lose(VM_PORT, PortLoss::Deleted);
+    assert_eq!(tries(&mut bench), 0, "but the first");
+}
+
+/// What was asked by a cut cable is no question to everybody.
+#[test]
+fn after_a_cut_everybody_is_asked_anew() {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass_heard(secs(10));
+    bench.lose(VM_PORT, PortLoss::Deleted);
+    bench.until(Duration::from_millis(100), |bench| bench.watching().deaf);
+    let Watching {
+        armed_at,
+        all_asked,
+        ..
+    } = bench.watching();
+    let since = all_asked.into_iter().flatten().min();
+    assert!(since.is_none_or(|at| at >= armed_at), "{all_asked:?}");
 }
 
 /// The server behind a relay is not on the link: who is asked whether the way is open is the relay.
