@@ -54,7 +54,7 @@ pub struct Settings {
     pub silence: Duration,
     /// Quiet addresses that are looked at in a second, at most.
     pub probe_rate: u32,
-    /// Between probe rounds on a port that is up.
+    /// Between probe rounds on a port that is up, and while something keeps a dead VM's address.
     pub probe_interval: Duration,
     /// Rounds without an answer until an address is silent.
     pub misses: u32,
@@ -276,6 +276,8 @@ pub struct Options {
     #[arg(long, value_name = "COUNT", help_heading = "When a VM is dead")]
     pub probe_rate: Option<u32>,
     /// Between probe rounds on a port that is up [default: 10s]
+    ///
+    /// As often a dead VM is asked whose address something keeps: its server's pace, a pause, any gate.
     #[arg(long, value_name = "SPAN", help_heading = "When a VM is dead")]
     pub probe_interval: Option<Span>,
     /// Unanswered rounds until an address counts as silent [default: 3]

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     agent::{Agent, Hook},
-    fixture::{NIC, SERVER_IP, vm_mac},
+    fixture::{NIC, SERVER_IP},
     forge::Nic,
     server::{Place, ServerKind},
     vm::{Client, Station, Vm},
@@ -42,10 +42,7 @@ impl Scene {
 
     /// Boots VM `number` and returns once the server and the agent know its lease.
     pub fn living(&self, number: u8) -> Result<(Vm, Ipv4Addr)> {
-        let mut vm = Vm::off(&self.world.node, &format!("vm{number}"), vm_mac(number))?;
-        self.boot(&mut vm, Client::Udhcpc)?;
-        let ip = self.lives(&vm)?;
-        Ok((vm, ip))
+        self.world.living(&self.agent, number)
     }
 
     /// See [`Agent::boot`].
@@ -55,15 +52,7 @@ impl Scene {
 
     /// Waits until the server and the agent know the lease of a VM that was booted.
     pub fn lives(&self, vm: &impl Station) -> Result<Ipv4Addr> {
-        let ip = vm.wait_booted()?;
-        self.world.server.wait_lease(ip, vm.mac(), PATIENCE)?;
-        vm.ping(SERVER_IP)?;
-        self.agent.wait("the learned lease", PATIENCE, |event| {
-            event.ip == Some(ip)
-                && event.json["mac"] == vm.mac().to_string()
-                && ["bound", "renewed"].contains(&event.name.as_str())
-        })?;
-        Ok(ip)
+        self.world.lives(&self.agent, vm)
     }
 
     /// A hand on what the VM's network card sends.

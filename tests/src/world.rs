@@ -1,14 +1,14 @@
 //! A node, a DHCP server and VMs: what a test or the demo starts with.
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context as _, Result};
 
 use crate::{
     agent::{Agent, Hook, Setup},
-    fixture::{BRIDGE, vm_mac},
+    fixture::{BRIDGE, SERVER_IP, vm_mac},
     node::Node,
     server::{Place, Pool, Server, ServerKind},
-    vm::{Client, Vm},
+    vm::{Client, Station, Vm},
 };
 
 /// Long for a slow machine; nothing waits for it when things go well.
@@ -82,6 +82,26 @@ impl World {
         let mut vm = Vm::off(&self.node, &format!("vm{number}"), vm_mac(number))?;
         agent.boot(&mut vm, Client::Udhcpc)?;
         Ok(vm)
+    }
+
+    /// The same, and returns once the server and the agent know its lease.
+    pub fn living(&self, agent: &Agent, number: u8) -> Result<(Vm, Ipv4Addr)> {
+        let vm = self.boot_heard(agent, number)?;
+        let ip = self.lives(agent, &vm)?;
+        Ok((vm, ip))
+    }
+
+    /// Waits until the server and the agent know the lease of a VM that was booted.
+    pub fn lives(&self, agent: &Agent, vm: &impl Station) -> Result<Ipv4Addr> {
+        let ip = vm.wait_booted()?;
+        self.server.wait_lease(ip, vm.mac(), PATIENCE)?;
+        vm.ping(SERVER_IP)?;
+        agent.wait("the learned lease", PATIENCE, |event| {
+            event.ip == Some(ip)
+                && event.json["mac"] == vm.mac().to_string()
+                && ["bound", "renewed"].contains(&event.name.as_str())
+        })?;
+        Ok(ip)
     }
 
     pub fn boot_client(&self, number: u8, client: Client) -> Result<Vm> {

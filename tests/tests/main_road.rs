@@ -37,14 +37,6 @@ fn living_client(world: &World, number: u8, client: Client) -> Result<(Vm, Ipv4A
     Ok((vm, ip))
 }
 
-/// The same, and the agent has learned its lease.
-fn known(world: &World, agent: &Agent, number: u8) -> Result<(Vm, Ipv4Addr)> {
-    let vm = world.boot_heard(agent, number)?;
-    let ip = settled(world, &vm)?;
-    learned(agent, ip)?;
-    Ok((vm, ip))
-}
-
 fn settled(world: &World, vm: &Vm) -> Result<Ipv4Addr> {
     let ip = vm.wait_lease(PATIENCE)?;
     world.server.wait_lease(ip, vm.mac, PATIENCE)?;
@@ -105,8 +97,8 @@ fn dies_with_its_port(kind: ServerKind, place: Place, hook: Hook) -> Result<()> 
     let world = World::new(kind, place, 2)?;
     let agent = world.agent(hook).quick().start()?;
     let wire = at_server(&world)?;
-    let (mut dead, dead_ip) = known(&world, &agent, 1)?;
-    let (mut alive, alive_ip) = known(&world, &agent, 2)?;
+    let (mut dead, dead_ip) = world.living(&agent, 1)?;
+    let (mut alive, alive_ip) = world.living(&agent, 2)?;
     alive.send_traffic(SERVER_IP, Duration::from_millis(100))?;
 
     dead.kill(KillKind::PortDeleted)?;
@@ -125,7 +117,7 @@ fn dies_with_its_port(kind: ServerKind, place: Place, hook: Hook) -> Result<()> 
         );
     }
 
-    let (_next, next_ip) = known(&world, &agent, 3)?;
+    let (_next, next_ip) = world.living(&agent, 3)?;
     ensure!(
         next_ip == dead_ip,
         "the next VM got {next_ip}, not {dead_ip}"
@@ -148,8 +140,8 @@ fn dies_with_its_port(kind: ServerKind, place: Place, hook: Hook) -> Result<()> 
 fn dies_behind_its_port(kind: ServerKind, place: Place, hook: Hook) -> Result<()> {
     let world = World::new(kind, place, 2)?;
     let agent = world.agent(hook).quick().start()?;
-    let (mut dead, dead_ip) = known(&world, &agent, 1)?;
-    let (alive, alive_ip) = known(&world, &agent, 2)?;
+    let (mut dead, dead_ip) = world.living(&agent, 1)?;
+    let (alive, alive_ip) = world.living(&agent, 2)?;
 
     dead.kill(KillKind::PortKept)?;
     let freed = world.server.wait_gone(dead_ip, PATIENCE);
@@ -198,7 +190,7 @@ fn one_vm(more: &[&str]) -> Result<(World, Agent, Capture, Vm, Ipv4Addr)> {
     let world = World::new(ServerKind::Dnsmasq, Place::Remote, 2)?;
     let agent = world.agent(Hook::Tc).quick().args(more).start()?;
     let wire = at_server(&world)?;
-    let (vm, ip) = known(&world, &agent, 1)?;
+    let (vm, ip) = world.living(&agent, 1)?;
     Ok((world, agent, wire, vm, ip))
 }
 
@@ -244,7 +236,7 @@ lab_test! {
     fn within_three_seconds_by_default() {
         let world = World::new(ServerKind::Dnsmasq, Place::Local, 1)?;
         let agent = world.agent(Hook::Tc).start()?;
-        let (mut vm, ip) = known(&world, &agent, 1)?;
+        let (mut vm, ip) = world.living(&agent, 1)?;
         // The agent has been up for longer than `settle` when a real VM dies.
         let settled = agent.wait("the time that a start takes to settle", Duration::from_secs(4), |_| false);
         ensure!(settled.is_err());
@@ -271,7 +263,7 @@ lab_test! {
     fn a_busy_vm_is_never_probed() {
         let (world, agent, wire, mut busy, ip) = one_vm(&[])?;
         busy.send_traffic(SERVER_IP, Duration::from_millis(100))?;
-        let (quiet, quiet_ip) = known(&world, &agent, 2)?;
+        let (quiet, quiet_ip) = world.living(&agent, 2)?;
         let at_busy = Capture::start(busy.netns(), NIC)?;
         let at_quiet = Capture::start(quiet.netns(), NIC)?;
         // The one beside it is probed, again and again: the agent does look.
@@ -440,7 +432,7 @@ lab_test! {
         let said = refusal(&world.agent(Hook::Tc).quick().named("second"))?;
         ensure!(said.contains("another") || said.contains("already"), "it says: {said}");
         // The first one has taken no harm.
-        let (mut vm, ip) = known(&world, &agent, 1)?;
+        let (mut vm, ip) = world.living(&agent, 1)?;
         vm.kill(KillKind::PortDeleted)?;
         world.server.wait_gone(ip, PATIENCE)
     }
@@ -451,7 +443,7 @@ lab_test! {
         node.add_bridge()?;
         let server = Server::start(&node, ServerKind::Dnsmasq, Place::Remote, 1)?;
         let world = World { node, server };
-        let (mut vm, ip) = known(&world, &agent, 1)?;
+        let (mut vm, ip) = world.living(&agent, 1)?;
         vm.kill(KillKind::PortDeleted)?;
         world.server.wait_gone(ip, PATIENCE).with_context(|| agent.log())
     }
@@ -499,7 +491,7 @@ lab_test! {
             agent = world.agent(hook).quick().start()?;
             ensure!(attached("vm1")? == both_ways(hook)?, "{hook:?}: {:?}", attached("vm1")?);
         }
-        let (mut late, late_ip) = known(&world, &agent, 2)?;
+        let (mut late, late_ip) = world.living(&agent, 2)?;
         for (vm, ip) in [(&mut vm, ip), (&mut late, late_ip)] {
             vm.kill(KillKind::PortDeleted)?;
             world.server.wait_gone(ip, PATIENCE).with_context(|| agent.log())?;
@@ -514,7 +506,7 @@ lab_test! {
         let agent = world.agent(Hook::Clsact).quick().args(&more).start()?;
         let mut vms = Vec::new();
         for number in 1..=8 {
-            let (vm, ip) = known(&world, &agent, number)?;
+            let (vm, ip) = world.living(&agent, number)?;
             vms.push((vm, ip));
         }
         // Where everything is slow a new port may have been watched late.
@@ -533,8 +525,8 @@ lab_test! {
     fn programs_that_are_missing_anywhere_are_put_back_before_a_release() {
         let world = World::new(ServerKind::Dnsmasq, Place::Local, 2)?;
         let agent = world.agent(Hook::Clsact).quick().start()?;
-        let (mut dead, dead_ip) = known(&world, &agent, 1)?;
-        let (mut alive, alive_ip) = known(&world, &agent, 2)?;
+        let (mut dead, dead_ip) = world.living(&agent, 1)?;
+        let (mut alive, alive_ip) = world.living(&agent, 2)?;
         alive.send_traffic(SERVER_IP, Duration::from_millis(100))?;
         world.node.netns.shell("tc qdisc del dev vm2 clsact")?;
         dead.kill(KillKind::PortDeleted)?;
@@ -550,8 +542,8 @@ lab_test! {
         let world = World::new(ServerKind::Dnsmasq, Place::Local, 2)?;
         let more = ["--hold-down-silent", "10m", "--misses", "1"];
         let agent = world.agent(Hook::Clsact).quick().args(&more).start()?;
-        let (mut vm, ip) = known(&world, &agent, 1)?;
-        let (other, _) = known(&world, &agent, 2)?;
+        let (mut vm, ip) = world.living(&agent, 1)?;
+        let (other, _) = world.living(&agent, 2)?;
         world.node.netns.shell("tc qdisc del dev vm2 clsact")?;
         // The same station, by another port; it says something there once, and answers nothing.
         let frame = forge::rarp(vm.mac);

@@ -32,15 +32,6 @@ fn world(kind: ServerKind, leasequery: bool, pool: u8) -> Result<World> {
     Ok(world)
 }
 
-fn living(world: &World, agent: &Agent, number: u8) -> Result<(Vm, Ipv4Addr)> {
-    let vm = world.boot_heard(agent, number)?;
-    let ip = vm.wait_lease(PATIENCE)?;
-    world.server.wait_lease(ip, vm.mac, PATIENCE)?;
-    vm.ping(SERVER_IP)?;
-    agent.wait_event("bound", ip, PATIENCE)?;
-    Ok((vm, ip))
-}
-
 fn outcome(agent: &Agent, ip: Ipv4Addr) -> Result<Value> {
     let view = agent.explain(ip)?;
     view.get("outcome")
@@ -63,7 +54,7 @@ lab_test! {
         let world = world(ServerKind::Isc, true, 3)?;
         let agent = world.agent(Hook::Tc).quick().start()?;
         let wire = Capture::start(world.server.netns(), NIC)?;
-        let (mut vm, ip) = living(&world, &agent, 1)?;
+        let (mut vm, ip) = world.living(&agent, 1)?;
         released(&world, &agent, &mut vm, ip)?;
         agent
             .wait_event("verified", ip, PATIENCE)
@@ -77,8 +68,8 @@ lab_test! {
         let world = world(ServerKind::Dnsmasq, false, 3)?;
         let agent = world.agent(Hook::Tc).quick().start()?;
         let wire = Capture::start(world.server.netns(), NIC)?;
-        let (mut one, one_ip) = living(&world, &agent, 1)?;
-        let (mut two, two_ip) = living(&world, &agent, 2)?;
+        let (mut one, one_ip) = world.living(&agent, 1)?;
+        let (mut two, two_ip) = world.living(&agent, 2)?;
         released(&world, &agent, &mut one, one_ip)?;
         sleep(Duration::from_secs(6));
         released(&world, &agent, &mut two, two_ip)?;
@@ -89,7 +80,7 @@ lab_test! {
         let queries = wire.dhcp(10).len();
         ensure!(queries == 1, "{queries} lease queries");
         // Somebody else has one of them now: that tells.
-        let (_next, next_ip) = living(&world, &agent, 3)?;
+        let (_next, next_ip) = world.living(&agent, 3)?;
         if [one_ip, two_ip].contains(&next_ip) {
             agent.wait_event("verified", next_ip, PATIENCE)?;
         }

@@ -25,7 +25,7 @@ use dhcp_reclaim_tests::{
     lab_test,
     sandbox::{BPFFS, DIR, find, run},
     server::{Place, ServerKind},
-    vm::{KillKind, Vm},
+    vm::KillKind,
     world::{PATIENCE, World},
 };
 use nix::{
@@ -96,15 +96,6 @@ impl Manager {
     }
 }
 
-fn living(world: &World, agent: &Agent, number: u8) -> Result<(Vm, std::net::Ipv4Addr)> {
-    let vm = world.boot_heard(agent, number)?;
-    let ip = vm.wait_lease(PATIENCE)?;
-    world.server.wait_lease(ip, vm.mac, PATIENCE)?;
-    vm.ping(SERVER_IP)?;
-    agent.wait_event("bound", ip, PATIENCE)?;
-    Ok((vm, ip))
-}
-
 /// What /proc says of the process: one line's value.
 fn status(pid: Pid, name: &str) -> Result<String> {
     let path = format!("/proc/{pid}/status");
@@ -169,7 +160,7 @@ lab_test! {
             ensure!(told == "WATCHDOG=1", "{told}");
         }
 
-        let (mut vm, ip) = living(&world, &agent, 1)?;
+        let (mut vm, ip) = world.living(&agent, 1)?;
         vm.kill(KillKind::PortDeleted)?;
         agent.wait_event("would-release", ip, PATIENCE)?;
         ensure!(world.server.has(ip)?, "a dry run released {ip}");
@@ -188,7 +179,7 @@ lab_test! {
         ensure!(agent.stat("agent.reloads_refused")? == 3);
 
         // The old one stays: still nothing is sent.
-        let (mut vm, ip) = living(&world, &agent, 2)?;
+        let (mut vm, ip) = world.living(&agent, 2)?;
         vm.kill(KillKind::PortDeleted)?;
         agent.wait_event("would-release", ip, PATIENCE)?;
         ensure!(world.server.has(ip)?, "a dry run released {ip}");
@@ -197,7 +188,7 @@ lab_test! {
         let status = manager.reload(&agent)?;
         ensure!(!status.contains("refused"), "{status}");
         ensure!(agent.stat("agent.reloads")? == 1);
-        let (mut vm, ip) = living(&world, &agent, 3)?;
+        let (mut vm, ip) = world.living(&agent, 3)?;
         vm.kill(KillKind::PortDeleted)?;
         agent.wait_event("released", ip, PATIENCE)?;
         world.server.wait_gone(ip, PATIENCE)?;
@@ -236,7 +227,7 @@ lab_test! {
         let agent = world.agent(Hook::Tc).quick().capabilities(&named).start()?;
         let bounding = u64::from_str_radix(&status(agent.pid(), "CapBnd")?, 16)?;
         ensure!(bounding.count_ones() == 5, "{bounding:x}");
-        let (mut vm, ip) = living(&world, &agent, 1)?;
+        let (mut vm, ip) = world.living(&agent, 1)?;
         vm.kill(KillKind::PortDeleted)?;
         agent.wait_event("released", ip, PATIENCE)?;
         world.server.wait_gone(ip, PATIENCE)?;
@@ -272,7 +263,7 @@ lab_test! {
     fn what_a_stopped_agent_left_can_be_taken_away() {
         let world = World::new(ServerKind::Dnsmasq, Place::Remote, 1)?;
         let agent = world.agent(Hook::Tc).quick().start()?;
-        let (_vm, _) = living(&world, &agent, 1)?;
+        let (_vm, _) = world.living(&agent, 1)?;
         let detach = || -> Result<(bool, String)> {
             let mut command = Command::new(binary()?);
             let output = command.args(["detach", "--bpffs", BPFFS]).output()?;

@@ -1,6 +1,6 @@
 //! Wires that are not as plain as the lab's others: guests that tag their frames, ports that lose and
 //! delay them.
-use std::{net::Ipv4Addr, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use dhcp_reclaim_tests::{
@@ -34,16 +34,8 @@ fn tagged_guests(kind: ServerKind, place: Place) -> Result<()> {
         Place::Local | Place::Libvirt => BRIDGE,
     };
     let wire = Capture::start(world.server.netns(), link)?;
-    let lives = |number| -> Result<(Vm, Ipv4Addr)> {
-        let vm = world.boot_heard(&agent, number)?;
-        let ip = vm.wait_lease(PATIENCE)?;
-        world.server.wait_lease(ip, vm.mac, PATIENCE)?;
-        vm.ping(SERVER_IP)?;
-        agent.wait_event("bound", ip, PATIENCE)?;
-        Ok((vm, ip))
-    };
-    let (mut dead, ip) = lives(1)?;
-    let (alive, alive_ip) = lives(2)?;
+    let (mut dead, ip) = world.living(&agent, 1)?;
+    let (alive, alive_ip) = world.living(&agent, 2)?;
     let binding = agent.binding(ip)?.context("no binding")?;
     ensure!(binding.rest["vlan"] == VLAN, "{binding:?}");
 

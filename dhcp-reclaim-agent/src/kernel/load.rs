@@ -149,6 +149,7 @@ pub(super) fn path_error(path: &Path, source: io::Error) -> KernelError {
     }
 }
 
+/// So often a lock that nobody seems to hold is tried: a child may have had a copy for a moment.
 const LOCK_TRIES: u32 = 16;
 
 /// `1: FLOCK  ADVISORY  WRITE 708 08:01:4711 0 EOF`
