@@ -69,6 +69,8 @@ struct Bench {
     mac_only: bool,
     /// Probes leave.
     sends: bool,
+    /// Nobody has said yet whether they did.
+    is_sending: bool,
     outcome: ReleaseOutcome,
     /// What the server says to lease queries; `None`: nothing yet.
     lease_query: Option<QueryAnswer>,
@@ -99,6 +101,7 @@ impl Bench {
             address_of: None,
             mac_only: false,
             sends: true,
+            is_sending: false,
             outcome: ReleaseOutcome::Sent,
             lease_query: Some(QueryAnswer::Silence),
             reads_on: false,
@@ -157,6 +160,7 @@ impl Bench {
                     }
                     Event::Evidence { key, evidence }
                 }
+                Action::Probe { .. } if self.is_sending => continue,
                 Action::Probe { key, .. } => Event::Probed {
                     key,
                     sent: self.sends,

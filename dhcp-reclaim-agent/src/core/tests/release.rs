@@ -645,6 +645,26 @@ fn who_waits_for_its_turn_is_asked_twice_before_it_and_not_more() {
     assert_eq!(lately.count(), 2, "{:?}: {last:?}", bench.now);
 }
 
+#[test]
+fn a_question_that_is_on_its_way_is_waited_for_in_the_queue() {
+    let mut bench = dying_at_once_beyond(60, 1);
+    bench.until_heard(secs(1), |bench| bench.releases() >= 20);
+    bench.is_sending = true;
+    let asked = bench.seen.len();
+    let is_asked = |bench: &Bench| {
+        let new = bench.seen[asked..].iter();
+        new.filter_map(|it| match it {
+            Action::Probe { key, .. } => Some(*key),
+            _ => None,
+        })
+        .next()
+    };
+    bench.until_heard(Duration::from_millis(10), |bench| is_asked(bench).is_some());
+    let key = is_asked(&bench).expect("somebody is asked");
+    let due = bench.engine.binding(key).and_then(|it| it.due);
+    assert!(due > Some(bench.now), "{due:?}");
+}
+
 /// A server that does not read on is sent nothing for half a minute.
 #[test]
 fn who_was_kept_is_asked_before_it_takes_its_place_in_the_queue() {
