@@ -36,6 +36,14 @@ const HOST: &[&str] = &[
     "xtask",
 ];
 const KERNEL_HALF: &[&str] = &["-p", "dhcp-reclaim-ebpf", "--lib"];
+/// A workspace of its own, which nothing else builds; its lock file must be what it builds with.
+const FUZZ_TARGETS: &[&str] = &[
+    "--locked",
+    "--manifest-path",
+    "tests/fuzz/Cargo.toml",
+    "--target-dir",
+    "target",
+];
 const LAB_PACKAGE: &str = "tests";
 
 /// `xtask run`, as its users call it: it fails if the lease store does not say what it shows.
@@ -77,6 +85,7 @@ pub fn main(args: &Args) -> Result<ExitCode> {
             "clippy, kernel half",
             &mut clippy(KERNEL_HALF, &["--tests"]),
         )?;
+        summary.check("clippy, fuzz targets", &mut clippy(FUZZ_TARGETS, &[]))?;
     }
 
     // Everything is built before anything runs, and as the user.
