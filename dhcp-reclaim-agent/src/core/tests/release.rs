@@ -640,7 +640,8 @@ fn who_waits_for_its_turn_is_asked_twice_before_it_and_not_more() {
     let mut asked = Asked::default();
     asked.follow(&mut bench, never, |bench| bench.releases() == 59);
     asked.follow(&mut bench, never, |bench| bench.releases() == 60);
-    let last = asked.at.into_values().max().expect("all were asked");
+    let last = asked.at.into_values().max_by_key(|at| at.last().copied());
+    let last = last.expect("all were asked");
     let lately = last.iter().filter(|at| bench.now.since(**at) < secs(4));
     assert_eq!(lately.count(), 2, "{:?}: {last:?}", bench.now);
 }
@@ -652,12 +653,11 @@ fn a_question_that_is_on_its_way_is_waited_for_in_the_queue() {
     bench.is_sending = true;
     let asked = bench.seen.len();
     let is_asked = |bench: &Bench| {
-        let new = bench.seen[asked..].iter();
-        new.filter_map(|it| match it {
+        let mut new = bench.seen[asked..].iter();
+        new.find_map(|it| match it {
             Action::Probe { key, .. } => Some(*key),
             _ => None,
         })
-        .next()
     };
     bench.until_heard(Duration::from_millis(10), |bench| is_asked(bench).is_some());
     let key = is_asked(&bench).expect("somebody is asked");
