@@ -192,10 +192,9 @@ impl Engine {
     }
 
     pub fn handle_timeout(&mut self, now: Time) {
-        while let Some(&(at, port, xid, mac)) = self.transactions_due.first() {
-            if at > now {
-                break;
-            }
+        while let Some(&due) = self.transactions_due.first().filter(|(at, ..)| *at <= now) {
+            self.transactions_due.remove(&due);
+            let (_, port, xid, mac) = due;
             self.close_transaction(port, xid, mac);
         }
         if self.imports.due().is_some_and(|at| at <= now) {

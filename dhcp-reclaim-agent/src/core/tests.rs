@@ -52,7 +52,7 @@ const SECOND: Key = Key {
 };
 
 /// More actions or turns than that in one go are without an end.
-const RESTLESS: u32 = 200_000;
+const RESTLESS: u32 = 20_000;
 
 /// An engine with the wire in the test's hand. Looks are answered from `evidence`, probes leave.
 struct Bench {

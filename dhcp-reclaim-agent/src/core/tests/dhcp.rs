@@ -134,6 +134,32 @@ fn an_answer_counts_by_when_it_was_seen_and_on_its_requests_vlan() {
 }
 
 #[test]
+fn who_asks_again_is_waited_for_anew() {
+    let mut bench = Bench::new(Policy::default());
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.pass(secs(100));
+    bench.message(bench.request(VM_PORT, VM, IP));
+    bench.pass(secs(100));
+    bench.message(bench.ack(VM_PORT, VM, IP));
+    assert_eq!(bench.engine.counters()["answers_unasked"], 0);
+    assert_eq!(bench.state(KEY), Some(State::Bound));
+}
+
+/// Or whoever knows its xid could go on answering.
+#[test]
+fn a_question_has_one_answer() {
+    for first in [Bench::ack, Bench::nak] {
+        let mut bench = Bench::new(Policy::default());
+        bench.message(bench.request(VM_PORT, VM, IP));
+        bench.message(first(&bench, VM_PORT, VM, IP));
+        let unasked = |bench: &Bench| bench.engine.counters()["answers_unasked"];
+        assert_eq!(unasked(&bench), 0);
+        bench.message(bench.ack(VM_PORT, VM, OTHER_IP));
+        assert_eq!((unasked(&bench), bench.state(SECOND)), (1, None));
+    }
+}
+
+#[test]
 fn rapid_commit_binds_where_both_speak_of_it() {
     for agreed in [false, true] {
         let mut bench = Bench::new(Policy::default());

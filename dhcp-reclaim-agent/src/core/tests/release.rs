@@ -665,9 +665,8 @@ fn a_question_that_is_on_its_way_is_waited_for_in_the_queue() {
     assert!(due > Some(bench.now), "{due:?}");
 }
 
-/// A server that does not read on is sent nothing for half a minute.
-#[test]
-fn who_was_kept_is_asked_before_it_takes_its_place_in_the_queue() {
+/// One whom a pause keeps, and whose server does not read on: that is sent nothing for half a minute.
+fn behind_one_that_is_unread() -> Bench {
     let mut bench = dying_at_once_beyond(3, 1);
     bench.reads_on = true;
     bench.lease(VM_PORT, VM, IP);
@@ -678,12 +677,36 @@ fn who_was_kept_is_asked_before_it_takes_its_place_in_the_queue() {
     bench.lose(VM_PORT, PortLoss::Deleted);
     bench.pass_heard(secs(20));
     assert_eq!(bench.state(KEY), Some(State::Gone));
+    bench
+}
+
+#[test]
+fn who_was_kept_is_asked_before_it_takes_its_place_in_the_queue() {
+    let mut bench = behind_one_that_is_unread();
     let turn = |bench: &Bench| bench.engine.binding(KEY).and_then(|it| it.turn);
     let probes = bench.probes();
     bench.engine.resume("root", bench.now);
     bench.carry_out();
     bench.until_heard(Duration::from_millis(10), |bench| turn(bench).is_some());
     assert_eq!((bench.releases(), bench.probes()), (3, probes + 2));
+}
+
+/// Time is not what it waits for, so its turn may be now: it was asked before it took it.
+#[test]
+fn whose_turn_has_come_is_not_asked_for_that() {
+    let mut bench = behind_one_that_is_unread();
+    let probes = bench.probes();
+    bench.engine.resume("root", bench.now);
+    bench.carry_out();
+    bench.until_heard(Duration::from_millis(10), |bench| {
+        bench.probes() == probes + 2
+    });
+    let probed_at = bench.watching().probed_at.expect("it was asked");
+    // All that there is to be late by.
+    bench.turn(probed_at + Duration::from_millis(1900));
+    let turn = bench.engine.binding(KEY).and_then(|it| it.turn);
+    assert_eq!(turn, Some(bench.now));
+    assert_eq!(bench.probes(), probes + 2);
 }
 
 /// A server that was stopped reads on: its pace is as before, whoever waited is asked first.
