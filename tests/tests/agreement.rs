@@ -49,6 +49,11 @@ fn xdp_agrees_about_what_a_vm_sends() {
     alone(|| agree(Hook::Xdp, Role::Vm, DIRECTION_FROM_PORT));
 }
 
+#[test]
+fn xdp_agrees_about_an_uplink() {
+    alone(|| agree(Hook::Xdp, Role::Uplink, DIRECTION_FROM_PORT));
+}
+
 fn agree(hook: Hook, role: Role, direction: u8) {
     let (seeds, short): (Vec<_>, Vec<_>) = seeds().into_iter().partition(|(_, it)| can_run(it));
     for (name, frame) in &short {

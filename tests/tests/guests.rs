@@ -161,7 +161,8 @@ lab_test! {
         guest.renew()?;
         cluster.second.wait_event("bound", ip, PATIENCE)?;
         guest.kill();
-        freed_once(scene, &guest, ip)
+        freed_once(scene, &guest, ip)?;
+        cluster.second.wait_event("released", ip, PATIENCE).map(drop)
     }
 
     /// Both clients, with the server that libvirt would run for them.

@@ -293,8 +293,14 @@ impl Summary {
         if let Some(signal) = self.interrupted {
             return End::Interrupted(signal).code();
         }
-        if all.passed + all.failed + all.skipped == 0 {
-            eprintln!("error: no test ran: none has such a name");
+        if all.passed + all.failed == 0 {
+            eprintln!(
+                "error: no test ran: {}",
+                match all.skipped {
+                    0 => "none has such a name",
+                    _ => "all that have such a name were skipped",
+                }
+            );
             return ExitCode::FAILURE;
         }
         match all.failed {
@@ -392,14 +398,13 @@ mod tests {
 
     #[test]
     fn only_tests_that_ran_and_passed_are_a_success() {
-        let of = |counts: &[(u32, u32)]| {
+        let of = |counts: &[(u32, u32, u32)]| {
             let mut summary = Summary::default();
-            for (passed, failed) in counts {
+            for &(passed, failed, skipped) in counts {
                 let mut one = Summary::default();
-                let skipped = 0;
                 let count = Count {
-                    passed: *passed,
-                    failed: *failed,
+                    passed,
+                    failed,
                     skipped,
                 };
                 one.suites.push(("suite".to_owned(), count));
@@ -407,10 +412,11 @@ mod tests {
             }
             summary
         };
-        assert_eq!(of(&[(0, 0)]).end(), ExitCode::FAILURE);
-        assert_eq!(of(&[(0, 0), (1, 0)]).end(), ExitCode::SUCCESS);
-        assert_eq!(of(&[(1, 0), (1, 1)]).end(), ExitCode::FAILURE);
-        let mut interrupted = of(&[(1, 0)]);
+        assert_eq!(of(&[(0, 0, 0)]).end(), ExitCode::FAILURE);
+        assert_eq!(of(&[(0, 0, 2)]).end(), ExitCode::FAILURE);
+        assert_eq!(of(&[(0, 0, 2), (1, 0, 0)]).end(), ExitCode::SUCCESS);
+        assert_eq!(of(&[(1, 0, 0), (1, 1, 0)]).end(), ExitCode::FAILURE);
+        let mut interrupted = of(&[(1, 0, 0)]);
         for signal in [2, 15] {
             interrupted.add(Summary {
                 interrupted: Some(signal),
