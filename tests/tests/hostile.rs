@@ -258,7 +258,12 @@ fn compare(frame: &[u8]) -> Verdict {
         if mine == other {
             continue;
         }
-        let (irregular, overload, refused) = &*walked;
+        let Walked {
+            values,
+            irregular,
+            overload,
+            refused,
+        } = &*walked;
         let what = format!(
             "option {code}: {mine:?}, dhcproto {other:?}, anomalies {:#b}",
             ours.anomalies
@@ -271,6 +276,8 @@ fn compare(frame: &[u8]) -> Verdict {
             verdict = Verdict::Ambiguous;
         } else {
             assert!(other.is_none() && (*overload || *refused), "{what}");
+            let there = values.get(&code).cloned();
+            assert!(*overload && there.is_none() || mine == there, "{what}");
             verdict = if *refused {
                 Verdict::EndsEarly
             } else {
@@ -337,11 +344,22 @@ fn option_in(message: &Message, code: u8) -> Option<Vec<u8>> {
     })
 }
 
-/// Which codes come more than once or with a length that RFC 2132 does not give them, whether option 52
-/// is among them, and whether dhcproto refuses any by itself. It joins neighbours of the same code.
-fn walk(mut options: &[u8]) -> (BTreeSet<u8>, bool, bool) {
-    let (mut overload, mut refused) = (false, false);
-    let (mut seen, mut irregular) = (BTreeSet::new(), BTreeSet::new());
+/// What a field of options has.
+#[derive(Default)]
+struct Walked {
+    /// What a record would have of each.
+    values: BTreeMap<u8, Vec<u8>>,
+    /// Codes that come more than once or with a length that RFC 2132 does not give them.
+    irregular: BTreeSet<u8>,
+    /// Option 52 is among them.
+    overload: bool,
+    /// dhcproto refuses one of them by itself.
+    refused: bool,
+}
+
+/// It joins neighbours of the same code.
+fn walk(mut options: &[u8]) -> Walked {
+    let mut walked = Walked::default();
     while let [code, rest @ ..] = options {
         match code {
             0 => {
@@ -363,24 +381,29 @@ fn walk(mut options: &[u8]) -> (BTreeSet<u8>, bool, bool) {
                 _ => true,
             };
             if !fits {
-                irregular.insert(*code);
+                walked.irregular.insert(*code);
             }
             length += 2 + data;
             pieces += 1;
         }
-        if !seen.insert(*code) || pieces > 1 {
-            irregular.insert(*code);
+        if pieces > 1 || walked.values.contains_key(code) {
+            walked.irregular.insert(*code);
         }
-        overload |= *code == 52;
+        walked.overload |= *code == 52;
         let Some((these, rest)) = options.split_at_checked(length) else {
             break;
         };
+        let value = match code {
+            80 | 82 => Vec::new(),
+            _ => these[2..].to_vec(),
+        };
+        walked.values.entry(*code).or_insert(value);
         let alone = [these, &[255]].concat();
         let read = quietly(|| DhcpOption::decode(&mut Decoder::new(&alone)).is_ok());
-        refused |= read != Some(true);
+        walked.refused |= read != Some(true);
         options = rest;
     }
-    (irregular, overload, refused)
+    walked
 }
 
 /// `None` if it panics, without a word on standard error.
