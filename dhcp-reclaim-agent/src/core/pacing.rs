@@ -774,6 +774,7 @@ mod tests {
         let later = start + GAVE_WAY;
         let next = pacing.read_up_to(server(1), mark, later);
         assert!(most.contains(&give_way(&mut pacing, next, later).len()));
+        assert_eq!(pacing.give_way(server(1), key(199), later), []);
     }
 
     #[test]
