@@ -439,6 +439,14 @@ fn settled() -> Bench {
     bench
 }
 
+/// The same, where there is an uplink that has been heard for a while.
+fn settled_with_uplink() -> Bench {
+    let mut bench = settled();
+    bench.port(UPLINK, "eth0", Role::Uplink);
+    bench.pass_heard(secs(10));
+    bench
+}
+
 /// Another agent, a moment later: it knows what was saved, and the ports that are there.
 fn after_restart(bench: &Bench, ports: &[(IfIndex, &str)]) -> Bench {
     after_restart_with(bench, ports, None)

@@ -4,9 +4,7 @@ use super::*;
 
 /// Where there is an uplink, and a pause keeps the dead.
 pub(super) fn kept() -> Bench {
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(secs(10));
+    let mut bench = settled_with_uplink();
     bench.engine.pause("an upgrade".to_owned(), bench.now);
     bench.carry_out();
     bench.lose(VM_PORT, PortLoss::Deleted);
@@ -266,9 +264,7 @@ fn with_an_uplink_whoever_was_kept_is_asked_before_it_is_released() {
 
 #[test]
 fn who_waits_for_a_port_that_has_come_is_asked_at_once() {
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(Duration::from_millis(10000));
+    let mut bench = settled_with_uplink();
     bench.lose(VM_PORT, PortLoss::Deleted);
     // The last question has left.
     bench.pass_heard(Duration::from_millis(9500));

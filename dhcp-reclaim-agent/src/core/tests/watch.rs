@@ -194,9 +194,7 @@ fn a_clone_that_has_the_address_elsewhere_shares_it() {
 #[test]
 fn an_uplink_that_was_heard_a_second_before_the_question_was_open() {
     let after = |moment: Duration| {
-        let mut bench = settled();
-        bench.port(UPLINK, "eth0", Role::Uplink);
-        bench.pass_heard(secs(10));
+        let mut bench = settled_with_uplink();
         bench.lose(VM_PORT, PortLoss::Deleted);
         let probed_at = bench.watching().probed_at.expect("it was asked");
         bench.now = probed_at + secs(1);
@@ -338,9 +336,7 @@ fn who_is_found_elsewhere_after_a_start_holds_until_an_ack() {
 /// Three times within the hold-down, and once more a moment before it ends; however often one looks.
 #[test]
 fn with_an_uplink_the_last_question_comes_shortly_before_the_end() {
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(secs(10));
+    let mut bench = settled_with_uplink();
     let before = bench.probes();
     bench.lose(VM_PORT, PortLoss::Deleted);
     let died_at = bench.now;
@@ -365,9 +361,7 @@ fn with_an_uplink_the_last_question_comes_shortly_before_the_end() {
 /// No answer can be there at the moment of the question.
 #[test]
 fn after_the_last_question_its_answer_is_waited_for() {
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(secs(10));
+    let mut bench = settled_with_uplink();
     bench.lose(VM_PORT, PortLoss::Deleted);
     let asked = bench.probes();
     for _ in 0..100 {
@@ -620,9 +614,7 @@ fn a_question_to_everybody_that_cannot_leave_is_soon_asked_again() {
     bench.sends = false;
     bench.engine.resume("root", bench.now);
     assert_eq!(tries(&mut bench), 3);
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(secs(10));
+    let mut bench = settled_with_uplink();
     bench.sends = false;
     bench.lose(VM_PORT, PortLoss::Deleted);
     assert_eq!(tries(&mut bench), 0, "but the first");
@@ -631,9 +623,7 @@ fn a_question_to_everybody_that_cannot_leave_is_soon_asked_again() {
 /// What was asked by a cut cable is no question to everybody.
 #[test]
 fn after_a_cut_everybody_is_asked_anew() {
-    let mut bench = settled();
-    bench.port(UPLINK, "eth0", Role::Uplink);
-    bench.pass_heard(secs(10));
+    let mut bench = settled_with_uplink();
     bench.lose(VM_PORT, PortLoss::Deleted);
     bench.until(Duration::from_millis(100), |bench| bench.watching().deaf);
     let Watching {
